@@ -1,0 +1,67 @@
+"""The autoencoder: 64 x 64 pixels to 16 channels of 8 x 8."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from .augment import compose, step_generator
+from .emoji import Drawings
+from .trainer import fit
+
+
+def build_vae() -> AutoencoderKL:
+    """Three halvings, no attention: its cost is the full-resolution convolutions, so those are narrow."""
+    channels = (16, 32, 64, 96)
+    return AutoencoderKL(
+        block_out_channels=channels,
+        down_block_types=["DownEncoderBlock2D"] * len(channels),
+        up_block_types=["UpDecoderBlock2D"] * len(channels),
+        layers_per_block=1,
+        latent_channels=16,
+        norm_num_groups=8,
+        mid_block_add_attention=False,
+        sample_size=64,
+    ).to(memory_format=torch.channels_last)
+
+
+def train_vae(drawings: Drawings, folder: Path, *, steps: int, batch: int = 16, seed: int = 0) -> AutoencoderKL:
+    """Train on every drawing that is not held out, then set `scaling_factor` so that latents have unit variance."""
+    torch.manual_seed(seed)
+    vae = build_vae()
+    rgba = torch.from_numpy(drawings.select(~drawings.held_out).rgba)
+
+    def loss_at(step: int) -> Tensor:
+        generator = step_generator(seed, step)
+        chosen = torch.randint(len(rgba), (batch,), generator=generator)
+        images = (compose(rgba[chosen], generator) * 2 - 1).contiguous(memory_format=torch.channels_last)
+        posterior = vae.encode(images).latent_dist
+        decoded = vae.decode(posterior.sample(generator=generator)).sample
+        return reconstruction_loss(decoded, images) + 1e-5 * posterior.kl().mean() / 64
+
+    fit(vae, loss_at, folder / "vae.pt", steps=steps, learning_rate=2e-3)
+    with torch.no_grad():
+        images = compose(rgba[:: max(1, len(rgba) // 512)], step_generator(seed, steps)) * 2 - 1
+        std = vae.encode(images).latent_dist.mean.std()
+    vae.register_to_config(scaling_factor=round(1 / std.item(), 4))
+    return vae
+
+
+def reconstruction_loss(decoded: Tensor, images: Tensor) -> Tensor:
+    """L1 + squared error + L1 of the image gradients, which keeps outlines sharp."""
+    error = decoded - images
+    edges = (error[..., 1:] - error[..., :-1]).abs().mean() + (error[..., 1:, :] - error[..., :-1, :]).abs().mean()
+    return error.abs().mean() + F.mse_loss(decoded, images) + edges
+
+
+@torch.no_grad()
+def psnr(vae: AutoencoderKL, drawings: Drawings, *, seed: int = 1) -> float:
+    """Mean peak signal-to-noise ratio in dB of the decoded posterior mean over the held-out drawings of seen styles."""
+    rgba = torch.from_numpy(drawings.select(drawings.held_out & (drawings.style != "emojione")).rgba)
+    images = compose(rgba, step_generator(seed, 0))
+    decoded = vae.decode(vae.encode(images * 2 - 1).latent_dist.mean).sample.clamp(-1, 1) / 2 + 0.5
+    return (-10 * (decoded - images).square().mean((1, 2, 3)).log10()).mean().item()
