@@ -1,0 +1,25 @@
+"""The denoising process of a text-to-image diffusion model as a reinforcement-learning environment."""
+
+from .backbones import LoRA, StableDiffusionBackbone
+from .conditioning import ConditioningCache
+from .embedded import embedded_folder
+from .env import DenoisingEnv, checked_reward
+from .gym import GymDenoisingEnv
+from .prompts import load_prompts, prompt_set
+from .samplers import DDIMSampler, GaussianStep, Reduction, normal_log_prob
+
+__all__ = [
+    "ConditioningCache",
+    "DDIMSampler",
+    "DenoisingEnv",
+    "GaussianStep",
+    "GymDenoisingEnv",
+    "LoRA",
+    "Reduction",
+    "StableDiffusionBackbone",
+    "checked_reward",
+    "embedded_folder",
+    "load_prompts",
+    "normal_log_prob",
+    "prompt_set",
+]

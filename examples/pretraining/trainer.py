@@ -22,7 +22,7 @@ def fit(
     save_every: int = 100,
     ema_decay: float = 0.999,
 ) -> None:
-    """Minimise `loss_at(step)` with AdamW (warm-up, then linear decay to zero) and leave the averaged weights in `model`.
+    """Minimise `loss_at(step)` with AdamW (warm-up, then linear decay to zero); leaves the averaged weights in `model`.
 
     A run that was killed goes on from `checkpoint` and ends with the weights of one that was not: `loss_at` must draw
     its randomness from the step number (`augment.step_generator`).

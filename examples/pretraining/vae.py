@@ -13,6 +13,8 @@ from .augment import compose, step_generator
 from .emoji import Drawings
 from .trainer import fit
 
+KL_WEIGHT = 1.92e-3  # per image element; the reconstruction error is a mean over image elements too
+
 
 def build_vae() -> AutoencoderKL:
     """Three halvings, no attention: its cost is the full-resolution convolutions, so those are narrow."""
@@ -33,6 +35,9 @@ def train_vae(drawings: Drawings, folder: Path, *, steps: int, batch: int = 16, 
     """Train on every drawing that is not held out, then set `scaling_factor` so that latents have unit variance."""
     torch.manual_seed(seed)
     vae = build_vae()
+    path = folder / "vae"
+    if path.exists():
+        return AutoencoderKL.from_pretrained(path).to(memory_format=torch.channels_last)
     rgba = torch.from_numpy(drawings.select(~drawings.held_out).rgba)
 
     def loss_at(step: int) -> Tensor:
@@ -41,13 +46,14 @@ def train_vae(drawings: Drawings, folder: Path, *, steps: int, batch: int = 16, 
         images = (compose(rgba[chosen], generator) * 2 - 1).contiguous(memory_format=torch.channels_last)
         posterior = vae.encode(images).latent_dist
         decoded = vae.decode(posterior.sample(generator=generator)).sample
-        return reconstruction_loss(decoded, images) + 1e-5 * posterior.kl().mean() / 64
+        return reconstruction_loss(decoded, images) + KL_WEIGHT * posterior.kl().mean() / decoded[0].numel()
 
     fit(vae, loss_at, folder / "vae.pt", steps=steps, learning_rate=2e-3)
     with torch.no_grad():
         images = compose(rgba[:: max(1, len(rgba) // 512)], step_generator(seed, steps)) * 2 - 1
         std = vae.encode(images).latent_dist.mean.std()
     vae.register_to_config(scaling_factor=round(1 / std.item(), 4))
+    vae.save_pretrained(path)
     return vae
 
 

@@ -1,0 +1,67 @@
+"""Advantages: what a trajectory's reward is worth beside others of the same prompt."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor, nn
+
+
+class PromptAdvantage(nn.Module):
+    """Per-prompt normalised reward (Black et al. 2023, arXiv:2305.13301, appendix D; `PerPromptStatTracker`).
+
+    Each prompt remembers its last `buffer_size` rewards across iterations. The batch's rewards enter first; then
+    A = (r - mean) / (std + 1e-6) with the prompt's mean and population standard deviation, or with the batch's while
+    the prompt has fewer than `min_count` rewards; at last A is clipped to +-`clip`.
+    """
+
+    def __init__(self, *, buffer_size: int = 32, min_count: int = 16, clip: float = 5.0) -> None:
+        """Start without memory.
+
+        Raises:
+            ValueError: the minimum can never be reached, or nothing is left after clipping.
+        """
+        super().__init__()
+        if not 1 <= min_count <= buffer_size:
+            raise ValueError(f"min_count={min_count} must lie between 1 and buffer_size={buffer_size}")
+        if clip <= 0:
+            raise ValueError(f"clip is {clip}; it must be above 0")
+        self._buffer_size, self._min_count, self._clip = buffer_size, min_count, clip
+        self._rewards: dict[int, deque[float]] = {}
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Write `advantage` [B, T, 1], the same for every step of a trajectory.
+
+        Args:
+            tensordict: whole trajectories [B, T] with `prompt_id` and `("next", "reward")`.
+        """
+        returns = tensordict["next", "reward"].sum(1).flatten()
+        prompts = tensordict["prompt_id"][:, 0].flatten().tolist()
+        advantage = self.update(prompts, returns.cpu()).to(returns)
+        shape = tensordict["next", "reward"].shape
+        return tensordict.set("advantage", advantage[:, None, None].expand(shape))
+
+    def update(self, prompt_ids: list[int], rewards: Tensor) -> Tensor:
+        """Remember `rewards` [B] of `prompt_ids` and return their advantages [B]."""
+        for prompt, reward in zip(prompt_ids, rewards.tolist(), strict=True):
+            self._rewards.setdefault(prompt, deque(maxlen=self._buffer_size)).append(reward)
+        batch = (rewards.mean(), rewards.std(correction=0))
+        statistics = {prompt: self._statistics(prompt, batch) for prompt in set(prompt_ids)}
+        mean, std = (torch.stack([statistics[prompt][k] for prompt in prompt_ids]) for k in (0, 1))
+        return ((rewards - mean) / (std + 1e-6)).clamp(-self._clip, self._clip)
+
+    def _statistics(self, prompt: int, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        remembered = torch.tensor(self._rewards[prompt])
+        if len(remembered) < self._min_count:
+            return batch
+        return remembered.mean(), remembered.std(correction=0)
+
+    def get_extra_state(self) -> dict[int, list[float]]:
+        """The remembered rewards, for `state_dict`."""
+        return {prompt: list(rewards) for prompt, rewards in self._rewards.items()}
+
+    def set_extra_state(self, state: dict[int, list[float]]) -> None:
+        """Restore what `get_extra_state` returned."""
+        self._rewards = {prompt: deque(rewards, maxlen=self._buffer_size) for prompt, rewards in state.items()}

@@ -1,0 +1,118 @@
+"""A whole run around the loop: evaluate, train with a progress bar, log, evaluate again, save."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from tensordict import TensorDictBase
+from torch import nn
+from torchrl.collectors import Collector
+from torchrl.modules import ProbabilisticActor
+from torchrl.objectives import LossModule
+from tqdm import tqdm
+
+from .evaluation import Evaluation, Evaluator
+from .rollout import TransitionSampler
+from .run_folder import RunFolder
+from .training import Check, train
+
+
+class Saveable(Protocol):
+    """What can write the trained weights to a folder."""
+
+    def save(self, folder: str) -> None:
+        """Write them."""
+        ...
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything of a run but the loss: swapping the method is swapping that one object."""
+
+    backbone: Saveable
+    policy: ProbabilisticActor
+    collector: Collector
+    evaluator: Evaluator
+    advantage: nn.Module
+    prepare: Sequence[Callable[[TensorDictBase], TensorDictBase]]
+    sampler: TransitionSampler
+    iterations: int
+    learning_rate: float
+    weight_decay: float
+    updates_per_epoch: int
+    epochs: int
+    micro_batch: int
+    max_grad_norm: float
+    evaluate_every: int
+
+    def run(
+        self, loss: LossModule, folder: RunFolder, *, checks: Sequence[Check] = ()
+    ) -> tuple[Evaluation, Evaluation]:
+        """Train with `loss`, leave everything in `folder`, and return the evaluations before and after.
+
+        Args:
+            loss: the method.
+            folder: where metrics, pictures and weights go.
+            checks: called with the first transitions before the first update.
+        """
+        trainable = [parameter for parameter in loss.parameters() if parameter.requires_grad]
+        # One kernel for all parameters instead of a loop over hundreds of small ones.
+        optimizer = torch.optim.AdamW(trainable, lr=self.learning_rate, weight_decay=self.weight_decay, fused=True)
+        before = after = self.evaluator(self.policy)
+        loop = train(
+            self.collector,
+            loss,
+            optimizer,
+            advantage=self._prepared,
+            sampler=self.sampler,
+            updates_per_epoch=self.updates_per_epoch,
+            epochs=self.epochs,
+            micro_batch=self.micro_batch,
+            max_grad_norm=self.max_grad_norm,
+            checks=checks,
+        )
+        images = self.collector.env.batch_size[0]
+        with tqdm(total=self.iterations, unit="iteration") as progress:
+            progress.set_description(f"reward {before.mean:.3f} before")
+            for iteration in range(self.iterations):
+                start = time.perf_counter()
+                metrics = next(loop)
+                metrics["images_per_second"] = images / (time.perf_counter() - start)
+                if (iteration + 1) % self.evaluate_every == 0 or iteration + 1 == self.iterations:
+                    after = self.evaluator(self.policy)
+                    metrics["eval_reward"] = after.mean
+                folder.log(metrics)
+                progress.set_description(f"reward {metrics['reward']:.3f} (fixed noise {after.mean:.3f})")
+                progress.set_postfix_str(f"{metrics['images_per_second']:.1f} images/s")
+                progress.update()
+        self.collector.shutdown()
+        folder.save_curve(before)
+        folder.save_before_after(before, after)
+        self.backbone.save(str(folder.path / "lora"))
+        folder.save_checkpoint(loss=loss, optimizer=optimizer, advantage=self.advantage)
+        return before, after
+
+    def _prepared(self, rollout: TensorDictBase) -> TensorDictBase:
+        for step in (*self.prepare, self.advantage):
+            rollout = step(rollout)
+        return rollout
+
+
+def summary(before: Evaluation, after: Evaluation, folder: RunFolder) -> str:
+    """The closing lines of a run: what was reached and where everything is."""
+    gain = (after.mean - before.mean) / before.std
+    error = after.std / len(after.rewards) ** 0.5
+    return (
+        f"reward on fixed prompts and noise: {before.mean:.4f} before, {after.mean:.4f} +- {error:.4f} after, "
+        f"{gain:+.2f} standard deviations of the pretrained model's images ({len(after.rewards)} images)\n"
+        f"curve         {folder.path / 'reward_curve.png'}\n"
+        f"before/after  {folder.path / 'before_after.png'}\n"
+        f"metrics       {folder.path / 'metrics.csv'}\n"
+        f"settings      {folder.path / 'config.json'}\n"
+        f"checkpoint    {folder.path / 'checkpoint.pt'}\n"
+        f"weights       {folder.path / 'lora'}   (diffusers: pipe.load_lora_weights(folder))"
+    )

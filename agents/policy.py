@@ -1,0 +1,152 @@
+"""Denoiser + sampler as a TorchRL probabilistic actor."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from tensordict import TensorDict
+from tensordict.nn import InteractionType, TensorDictModule
+from torch import Size, Tensor, nn
+from torch.distributions import Distribution
+from torchrl.modules import ProbabilisticActor
+
+from diffusion_env import ConditioningCache, DDIMSampler, Reduction, normal_log_prob
+
+
+class Backbone(Protocol):
+    """A network that denoises: (x_t, timestep, conditioning) -> guided output."""
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Shape of one image's latents."""
+        ...
+
+    def __call__(self, x_t: Tensor, timestep: Tensor, conditioning: TensorDict) -> Tensor:
+        """Guided output [B, *latent]."""
+        ...
+
+
+class DenoisingNormal(Distribution):
+    """N(loc, scale^2 I) over one latent, the action distribution of a denoising step.
+
+    Its log-probability is averaged or summed over the latent's elements, see `diffusion_env.normal_log_prob`. Where
+    `scale` is 0 a step is deterministic: it is sampled as its mean and has no density.
+    """
+
+    arg_constraints: dict[str, object] = {}
+    has_rsample = True
+
+    def __init__(
+        self, loc: Tensor, scale: Tensor, *, latent_ndim: int, reduction: Reduction, all_have_density: bool
+    ) -> None:
+        """Take `loc` [*batch, *latent] and `scale` [*batch, 1, ...], both with `latent_ndim` dimensions a latent."""
+        self.loc, self.scale = loc, scale
+        self._reduction: Reduction = reduction
+        self._all_have_density = all_have_density
+        super().__init__(loc.shape[:-latent_ndim], loc.shape[-latent_ndim:], validate_args=False)
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean [*batch, *latent]."""
+        return self.loc
+
+    @property
+    def deterministic_sample(self) -> Tensor:
+        """What TorchRL takes where exploration is off."""
+        return self.loc
+
+    @property
+    def stddev(self) -> Tensor:
+        """The standard deviation, broadcasting over the latent."""
+        return self.scale
+
+    def rsample(self, sample_shape: Size | None = None) -> Tensor:
+        """Mean + scale * noise, the noise drawn as diffusers' schedulers draw it, so that one seed serves both."""
+        shape = (*(sample_shape or ()), *self.loc.shape)
+        return self.loc + self.scale * torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-probability [*batch] of `value`; 0 stands in for a deterministic step while sampling.
+
+        Raises:
+            ValueError: a gradient is asked for at a deterministic step, where there is no density.
+        """
+        mean, x = (tensor.reshape(-1, *self.event_shape) for tensor in (self.loc, value))
+        std = self.scale.reshape(-1, *self.scale.shape[-len(self.event_shape) :])
+        if self._all_have_density:
+            return normal_log_prob(x, mean, std, self._reduction).reshape(self.batch_shape)
+        deterministic = std == 0
+        if self.loc.requires_grad and deterministic.any():
+            raise ValueError(
+                f"{int(deterministic.sum())} of {len(std)} transitions are deterministic (standard deviation 0) and have "
+                "no log-probability; train the others only (`sampler.has_density`)"
+            )
+        log_prob = normal_log_prob(x, mean, std.masked_fill(deterministic, 1.0), self._reduction)
+        return log_prob.masked_fill(deterministic.flatten(), 0.0).reshape(self.batch_shape)
+
+
+class DenoisingMean(nn.Module):
+    """(latents, step, prompt_id) -> mean and standard deviation of the next latents, for any batch shape."""
+
+    def __init__(self, backbone: Backbone, sampler: DDIMSampler, conditioning: ConditioningCache) -> None:
+        """Keep the three; only `backbone` has parameters."""
+        super().__init__()
+        self.backbone = backbone
+        self._tools = (sampler, conditioning)  # in a tuple: tables and prompt embeddings are no policy parameters
+
+    def forward(self, latents: Tensor, step: Tensor, prompt_id: Tensor) -> tuple[Tensor, Tensor]:
+        """`latents` [*batch, *latent], `step` and `prompt_id` [*batch, 1]."""
+        sampler, conditioning = self._tools
+        batch = step.shape[:-1]
+        x_t = latents.reshape(-1, *latents.shape[len(batch) :])
+        i, prompt = step.reshape(-1), prompt_id.reshape(-1)
+        out = self.backbone(x_t, sampler.timesteps[i], conditioning(prompt))
+        mean, std = sampler.step(x_t, out, i)
+        return mean.reshape(latents.shape), std.reshape(*batch, *std.shape[1:])
+
+
+def make_policy(
+    backbone: Backbone,
+    sampler: DDIMSampler,
+    conditioning: ConditioningCache,
+    *,
+    log_prob_reduction: Reduction = "mean",
+) -> ProbabilisticActor:
+    """The denoising policy N(mu_theta(x_t, i, prompt), sigma_i^2 I).
+
+    It samples unless told otherwise: TorchRL's probabilistic modules act deterministically by default outside a
+    collector, and a policy gradient is then exactly zero.
+
+    Args:
+        backbone: the denoiser, its parameters are the policy's.
+        sampler: turns the network's output into mean and standard deviation.
+        conditioning: encoded prompts by id.
+        log_prob_reduction: "mean" over latent elements as DDPO's published code, to which its clip range of 1e-4
+            belongs, or "sum", the true log-probability, whose ratio leaves any clip range D times as fast.
+
+    Returns:
+        An actor that reads `latents`, `step`, `prompt_id` and writes `action` and `action_log_prob`.
+    """
+    if log_prob_reduction not in ("mean", "sum"):
+        raise ValueError(f"log_prob_reduction is {log_prob_reduction!r}; choose 'mean' or 'sum'")
+    mean = TensorDictModule(
+        DenoisingMean(backbone, sampler, conditioning),
+        in_keys=["latents", "step", "prompt_id"],
+        out_keys=["loc", "scale"],
+    )
+    policy = ProbabilisticActor(
+        mean,
+        in_keys=["loc", "scale"],
+        distribution_class=DenoisingNormal,
+        distribution_kwargs={
+            "latent_ndim": len(backbone.latent_shape),
+            "reduction": log_prob_reduction,
+            "all_have_density": sampler.all_have_density,
+        },
+        return_log_prob=True,
+        default_interaction_type=InteractionType.RANDOM,
+    )
+    # A collector would store mean and scale of every step, as much as the latents again.
+    policy.select_out_keys("action", "action_log_prob")
+    return policy

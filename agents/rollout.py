@@ -1,0 +1,105 @@
+"""From a collector's rollout to the transitions that train: latents kept once, a subset of steps drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+from torchrl.collectors import Collector
+from torchrl.data import SamplerWithoutReplacement, Storage
+from torchrl.modules import ProbabilisticActor
+
+from diffusion_env import DenoisingEnv
+
+KEPT_KEYS = (
+    "latents",
+    "action",
+    "step",
+    "prompt_id",
+    "group_id",
+    "action_log_prob",
+    ("next", "reward"),
+    ("next", "done"),
+    ("next", "terminated"),
+)
+
+
+def share_latents(rollout: TensorDictBase) -> TensorDictBase:
+    """The collector's `postproc`: T + 1 latents a trajectory instead of 2 T.
+
+    A state's `latents` are the action before it, so one tensor [B, T + 1, *latent] holds both; the returned [B, T]
+    TensorDict's `latents` and `action` are views of it. Whatever no loss reads (`loc`, `scale`) is dropped.
+    """
+    kept = rollout.select(*KEPT_KEYS, strict=False)
+    trajectory = torch.cat([rollout["latents"], rollout["action"][:, -1:]], 1)
+    return kept.update({"latents": trajectory[:, :-1], "action": trajectory[:, 1:]})
+
+
+class TransitionSampler(SamplerWithoutReplacement):
+    """Draws, for every trajectory anew, a random subset of its steps, and deals them out in random order.
+
+    This is DDPO's `timestep_fraction`; the subset is uniform, so the loss stays an unbiased share of the whole. For a
+    storage of shape [B, T] (`ndim=2`).
+    """
+
+    def __init__(self, steps: Sequence[int], fraction: float = 1.0) -> None:
+        """Choose among `steps`, the decisions that may train (those with a density).
+
+        Raises:
+            ValueError: nothing would be trained.
+        """
+        super().__init__()
+        if not len(steps):
+            raise ValueError(
+                "no step of this schedule has a density, so there is no log-probability to train; raise `eta` above 0"
+            )
+        if not 0 < fraction <= 1:
+            raise ValueError(f"timestep_fraction is {fraction}; it must lie in (0, 1]")
+        self._steps = torch.as_tensor(steps)
+        self.steps_per_trajectory = max(1, round(fraction * len(steps)))
+
+    def _get_sample_list(self, storage: Storage | None, len_storage: int, batch_size: int) -> None:
+        # The parent deals out `_sample_list`, flat indices into [B, T]; it asks again after each pass.
+        if storage is not None:
+            self._shape = storage.shape
+        trajectories, length = self._shape
+        order = torch.rand(trajectories, len(self._steps), generator=self._rng).argsort(1)
+        chosen = self._steps[order[:, : self.steps_per_trajectory]] + torch.arange(trajectories)[:, None] * length
+        self._sample_list = chosen.flatten()[torch.randperm(chosen.numel(), generator=self._rng)]
+        self._remaining_batches = -(self._sample_list.numel() // -batch_size)
+
+
+def trainable_steps(has_density: Tensor) -> list[int]:
+    """Indices of the decisions with a density."""
+    return has_density.nonzero().flatten().tolist()
+
+
+def make_collector(env: DenoisingEnv, policy: ProbabilisticActor, *, iterations: int) -> Collector:
+    """TorchRL's collector, giving one batch of whole trajectories [B, T] an iteration, latents stored once."""
+    frames = env.batch_size[0] * env.num_steps
+    return Collector(
+        env,
+        policy,
+        frames_per_batch=frames,
+        total_frames=frames * iterations,
+        postproc=share_latents,
+        compact_obs=True,
+        auto_register_policy_transforms=False,
+    )
+
+
+class RecomputeLogProb:
+    """Overwrites `action_log_prob` with what the training path computes, where the two differ (half precision)."""
+
+    def __init__(self, policy: ProbabilisticActor, micro_batch: int) -> None:
+        """Use `micro_batch` transitions at a time, as training will: the batch's shape decides the rounding."""
+        self._policy, self._micro_batch = policy, micro_batch
+
+    @torch.no_grad()
+    def __call__(self, rollout: TensorDictBase) -> TensorDictBase:
+        """Update a rollout [B, T]."""
+        parts = rollout.select("latents", "step", "prompt_id", "action").reshape(-1).split(self._micro_batch)
+        log_prob = torch.cat([self._policy.get_dist(part).log_prob(part["action"]) for part in parts])
+        return rollout.set("action_log_prob", log_prob.reshape(rollout.batch_size))

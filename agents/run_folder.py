@@ -1,0 +1,120 @@
+"""What a run leaves behind: configuration, metrics, curve, before/after picture, weights, checkpoint."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torchrl.record.loggers import Logger, get_logger
+
+from .evaluation import Evaluation
+
+LoggerName = Literal["csv", "tensorboard", "wandb"]
+
+
+class RunFolder:
+    """One folder a run; `metrics.csv` has one row an iteration, whatever the logger."""
+
+    def __init__(self, path: Path, config: Mapping[str, Any], *, logger: LoggerName = "csv") -> None:
+        """Create the folder and write the resolved configuration.
+
+        Args:
+            path: the folder, which must not hold another run.
+            config: the run's settings, written to `config.json`.
+            logger: TorchRL's logger that gets every metric too; Weights & Biases is offline when not logged in.
+
+        Raises:
+            FileExistsError: the folder holds a run already.
+        """
+        self.path = path
+        if (path / "config.json").exists():
+            raise FileExistsError(f"{path} holds a run already; choose another --output or remove it")
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
+        self._logger = _make_logger(path, logger, config)
+        self._rows: list[dict[str, float]] = []
+
+    @property
+    def rows(self) -> list[dict[str, float]]:
+        """The metrics so far, one dict an iteration."""
+        return self._rows
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        """Append a row to `metrics.csv`; columns that come later leave earlier cells empty."""
+        step = len(self._rows)
+        self._rows.append({"iteration": step, **metrics})
+        columns = list(dict.fromkeys(key for row in self._rows for key in row))
+        partial = self.path / "metrics.csv.partial"
+        with partial.open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(self._rows)
+        os.replace(partial, self.path / "metrics.csv")
+        for key, value in metrics.items():
+            self._logger.log_scalar(key, value, step=step)
+
+    def save_curve(self, baseline: Evaluation) -> None:
+        """`reward_curve.png`: sampled and evaluated reward over iterations, beside the pretrained model's."""
+        plt = _pyplot()
+        figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+        iterations = [row["iteration"] for row in self._rows]
+        reward = torch.tensor([row["reward"] for row in self._rows])
+        std = torch.tensor([row["reward_std"] for row in self._rows])
+        axes.fill_between(iterations, reward - std, reward + std, alpha=0.2, label="one standard deviation of images")
+        axes.plot(iterations, reward, label="images sampled for training")
+        evaluated = [(row["iteration"], row["eval_reward"]) for row in self._rows if "eval_reward" in row]
+        axes.plot(*zip(*evaluated, strict=True), "o-", label="fixed prompts and noise")
+        axes.axhline(baseline.mean, color="grey", linestyle=":", label="pretrained model, fixed prompts and noise")
+        axes.set(xlabel="iteration", ylabel="reward")
+        axes.legend(loc="lower right", fontsize="small")
+        figure.savefig(self.path / "reward_curve.png", dpi=120)
+        plt.close(figure)
+
+    def save_before_after(self, before: Evaluation, after: Evaluation, *, columns: int = 9) -> None:
+        """`before_after.png`: the first image of each of 2 x `columns` prompts, above it the same noise before training."""
+        plt = _pyplot()
+        stride = max(1, len(set(before.prompts)) // (2 * columns))
+        shown = list(range(0, len(set(before.prompts)), stride))[: 2 * columns]
+        blocks = -(-len(shown) // columns)
+        figure, axes = plt.subplots(
+            2 * blocks, columns, figsize=(1.1 * columns, 2.35 * blocks), layout="constrained", squeeze=False
+        )
+        for axis in axes.flat:
+            axis.axis("off")
+        for n, image in enumerate(shown):
+            row, column = 2 * (n // columns), n % columns
+            for offset, (title, source) in enumerate((("before", before), ("after", after))):
+                axis = axes[row + offset, column]
+                axis.imshow(source.images[image].permute(1, 2, 0).numpy())
+                caption = f"{title} ({source.rewards[image]:.2f})"
+                axis.set_title(f"{source.prompts[image]}\n{caption}" if offset == 0 else caption, fontsize=6)
+        figure.savefig(self.path / "before_after.png", dpi=150)
+        plt.close(figure)
+
+    def save_checkpoint(self, **parts: Any) -> None:
+        """`checkpoint.pt`: the state dict of every part, written whole or not at all."""
+        partial = self.path / "checkpoint.pt.partial"
+        torch.save({name: part.state_dict() for name, part in parts.items()}, partial)
+        os.replace(partial, self.path / "checkpoint.pt")
+
+
+def _make_logger(path: Path, name: LoggerName, config: Mapping[str, Any]) -> Logger:
+    if name == "wandb":
+        online = bool(os.environ.get("WANDB_API_KEY")) or "WANDB_MODE" in os.environ
+        settings = {"config": dict(config), "mode": None if online else "offline", "project": "diffusion-env"}
+        return get_logger("wandb", str(path), path.name, wandb_kwargs=settings)
+    return get_logger(name, str(path / "logs"), name)
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("agg")  # files only: no window, no display
+    import matplotlib.pyplot as plt
+
+    return plt

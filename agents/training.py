@@ -1,0 +1,117 @@
+"""The one loop: collect -> advantage -> buffer -> loss -> step -> metrics. Every method runs through it unchanged."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from tensordict import TensorDictBase
+from torch import nn
+from torchrl.data import ReplayBuffer, TensorStorage
+from torchrl.objectives import LossModule
+
+from .rollout import TransitionSampler
+
+Metrics = dict[str, float]
+Check = Callable[[TensorDictBase], Metrics]
+
+
+def train(
+    collector: Iterable[TensorDictBase],
+    loss: LossModule,
+    optimizer: torch.optim.Optimizer,
+    *,
+    advantage: Callable[[TensorDictBase], TensorDictBase],
+    sampler: TransitionSampler,
+    updates_per_epoch: int = 1,
+    epochs: int = 1,
+    micro_batch: int = 64,
+    max_grad_norm: float = 1.0,
+    checks: Iterable[Check] = (),
+) -> Iterator[Metrics]:
+    """Improve the policy that `collector` and `loss` share, one iteration a turn.
+
+    Args:
+        collector: yields whole trajectories [B, T] of the current policy (with `share_latents` as its `postproc`).
+        loss: reads transitions [N] and returns a TensorDict whose `loss_*` entries are summed and minimised; the
+            others are logged.
+        optimizer: over the loss's trainable parameters.
+        advantage: writes what the loss needs beside the rollout, once a batch.
+        sampler: which transitions train.
+        updates_per_epoch: optimiser steps in one pass over the chosen transitions.
+        epochs: passes over a batch of trajectories.
+        micro_batch: transitions that go through the network at a time; gradients are summed to the mean over the
+            optimiser step's transitions, so this bounds memory and changes nothing else.
+        max_grad_norm: the gradient's global norm is clipped to this.
+        checks: called once with the first transitions, before the first update; their results are logged.
+
+    Yields:
+        Metrics of each iteration: `reward`, its `reward_std`, the loss's own, `grad_norm`, seconds spent.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    pending = list(checks)
+    batches = iter(collector)
+    while True:
+        start = time.perf_counter()
+        data = next(batches, None)
+        if data is None:
+            return
+        collected = time.perf_counter()
+        data = advantage(data)
+        transitions = data.batch_size[0] * sampler.steps_per_trajectory
+        buffer = ReplayBuffer(
+            storage=TensorStorage(data, ndim=2),
+            sampler=sampler,
+            batch_size=-(-transitions // updates_per_epoch),
+        )
+        sums: dict[str, list[float]] = defaultdict(list)
+        for _ in range(epochs):
+            for minibatch in buffer:
+                while pending:
+                    for key, value in pending.pop()(minibatch[:micro_batch]).items():
+                        sums[key].append(value)
+                for key, value in update(loss, optimizer, parameters, minibatch, micro_batch, max_grad_norm).items():
+                    sums[key].append(value)
+        rewards = data["next", "reward"].sum(1)
+        yield {
+            "reward": rewards.mean().item(),
+            "reward_std": rewards.std(correction=0).item(),
+            **{key: sum(values) / len(values) for key, values in sums.items()},
+            "seconds_sampling": collected - start,
+            "seconds_training": time.perf_counter() - collected,
+        }
+
+
+def update(
+    loss: LossModule,
+    optimizer: torch.optim.Optimizer,
+    parameters: list[nn.Parameter],
+    minibatch: TensorDictBase,
+    micro_batch: int,
+    max_grad_norm: float,
+) -> Metrics:
+    """One optimiser step on transitions [N], accumulated over micro-batches; returns the averaged loss entries.
+
+    Raises:
+        FloatingPointError: the gradient is not finite; nothing was changed.
+    """
+    metrics: dict[str, torch.Tensor] = {}
+    for part in minibatch.split(micro_batch):
+        losses = loss(part)
+        share = len(part) / len(minibatch)
+        objective = sum(value for key, value in losses.items() if key.startswith("loss_"))
+        (objective * share).backward()
+        for key, value in losses.items():
+            metrics[key] = metrics.get(key, 0) + share * value.detach().float().mean()
+    norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    if not norm.isfinite():
+        optimizer.zero_grad()
+        raise FloatingPointError(
+            f"the gradient's norm is {norm.item()}; the update was not made. Lower the learning rate, or look for a reward "
+            "or a network in half precision that overflows"
+        )
+    optimizer.step()
+    optimizer.zero_grad()
+    return {key: value.item() for key, value in metrics.items()} | {"grad_norm": norm.item()}

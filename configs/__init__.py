@@ -1,0 +1,18 @@
+"""Settings, named presets, and the functions that build objects from them."""
+
+from .build import build_backbone, build_experiment, build_folder, build_reward
+from .presets import PRESETS, parse_settings
+from .schema import ModelSettings, RunSettings, SamplingSettings, TrainingSettings
+
+__all__ = [
+    "PRESETS",
+    "ModelSettings",
+    "RunSettings",
+    "SamplingSettings",
+    "TrainingSettings",
+    "build_backbone",
+    "build_experiment",
+    "build_folder",
+    "build_reward",
+    "parse_settings",
+]

@@ -1,0 +1,101 @@
+"""From settings to objects: the only place that knows the packages and the settings alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+import rewards
+from agents import (
+    Evaluator,
+    Experiment,
+    PromptAdvantage,
+    RecomputeLogProb,
+    RunFolder,
+    TransitionSampler,
+    make_collector,
+    make_policy,
+    trainable_steps,
+)
+from diffusion_env import DenoisingEnv, LoRA, StableDiffusionBackbone, embedded_folder, prompt_set
+
+from .schema import ModelSettings, RewardName, RunSettings
+
+
+def build_backbone(settings: ModelSettings) -> StableDiffusionBackbone:
+    """Load the pipeline."""
+    device = settings.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    lora = LoRA(settings.lora_rank, settings.lora_alpha, settings.lora_targets) if settings.lora_rank else None
+    return StableDiffusionBackbone.from_pretrained(
+        embedded_folder() if settings.name == "embedded" else settings.name,
+        dtype=settings.dtype,
+        device=device,
+        guidance_scale=settings.guidance_scale,
+        lora=lora,
+        gradient_checkpointing=settings.gradient_checkpointing,
+    )
+
+
+def build_reward(name: RewardName, *, head: str | None, device: torch.device) -> rewards.Reward:
+    """Make the reward called `name` on `device`."""
+    if name == "style-preference":
+        return rewards.StylePreference().to(device)
+    if name == "laion-aesthetic":
+        return (rewards.LAIONAesthetic(head=head) if head else rewards.LAIONAesthetic()).to(device)
+    return rewards.JPEGCompressibility() if name == "jpeg-compressibility" else rewards.JPEGIncompressibility()
+
+
+def build_experiment(settings: RunSettings) -> Experiment:
+    """Everything of a policy-gradient run but the loss."""
+    torch.manual_seed(settings.seed)
+    prompts: Sequence[str] = prompt_set(settings.sampling.prompts)  # a missing file shows before a model loads
+    sampling, training = settings.sampling, settings.training
+    backbone = build_backbone(settings.model)
+    reward = build_reward(settings.reward, head=settings.reward_head, device=backbone.device)
+    sampler = backbone.sampler(sampling.num_steps, sampling.eta)
+    policy = make_policy(
+        backbone, sampler, backbone.conditioning(prompts), log_prob_reduction=training.log_prob_reduction
+    )
+    env = DenoisingEnv(
+        backbone,
+        sampling.num_steps,
+        reward,
+        prompts,
+        batch_size=sampling.images_per_iteration,
+        samples_per_prompt=sampling.samples_per_prompt,
+        seed=settings.seed,
+    )
+    evaluation_env = DenoisingEnv(
+        backbone, sampling.num_steps, reward, prompts, batch_size=min(45, sampling.images_per_iteration), seed=0
+    )
+    return Experiment(
+        backbone=backbone,
+        policy=policy,
+        collector=make_collector(env, policy, iterations=training.iterations),
+        evaluator=Evaluator(evaluation_env, samples_per_prompt=settings.evaluation_samples),
+        advantage=PromptAdvantage(buffer_size=training.advantage_buffer, min_count=training.advantage_min_count),
+        prepare=[RecomputeLogProb(policy, training.micro_batch)] if training.recompute_log_prob else [],
+        sampler=TransitionSampler(trainable_steps(sampler.has_density), training.timestep_fraction),
+        iterations=training.iterations,
+        learning_rate=training.learning_rate,
+        weight_decay=training.weight_decay,
+        updates_per_epoch=training.updates_per_epoch,
+        epochs=training.epochs,
+        micro_batch=training.micro_batch,
+        max_grad_norm=training.max_grad_norm,
+        evaluate_every=settings.evaluate_every,
+    )
+
+
+def build_folder(settings: RunSettings) -> RunFolder:
+    """The run's folder: `settings.output`, or the first of `output-2`, `output-3`, ... that is free."""
+    path, number = settings.output, 1
+    while (path / "config.json").exists():
+        number += 1
+        path = Path(f"{settings.output}-{number}")
+    return RunFolder(path, asdict(settings), logger=settings.logger)

@@ -1,0 +1,155 @@
+"""Settings of a policy-gradient run as frozen dataclasses; impossible ones are refused before anything is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+RewardName = Literal["style-preference", "laion-aesthetic", "jpeg-compressibility", "jpeg-incompressibility"]
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The pipeline and what of it is trained."""
+
+    name: str = "embedded"
+    """'embedded', a diffusers folder, or a hub name of a Stable Diffusion 1.x or 2.x pipeline."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the frozen weights; what trains is float32 in any case."""
+    device: str = "auto"
+    """'auto' is cuda where there is one, else cpu."""
+    guidance_scale: float = 3.0
+    """Classifier-free guidance in sampling and training alike; 1 turns it off."""
+    lora_rank: int = 16
+    """0 trains the whole UNet."""
+    lora_alpha: float = 16.0
+    """Scale of the adapter is alpha / rank."""
+    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2")
+    """Names of the UNet's layers that get an adapter."""
+    gradient_checkpointing: bool = False
+    """Recompute activations: less memory, a third more time in training."""
+
+    def __post_init__(self) -> None:
+        """Refuse impossible numbers."""
+        _require(self.guidance_scale >= 1, f"guidance_scale={self.guidance_scale} must be at least 1 (1 = off)")
+        _require(self.lora_rank >= 0, f"lora_rank={self.lora_rank} must be at least 0 (0 = train the whole UNet)")
+        _require(self.lora_rank == 0 or self.lora_alpha > 0, f"lora_alpha={self.lora_alpha} must be above 0")
+        _require(
+            self.lora_rank > 0 or self.dtype == "float32",
+            f"lora_rank=0 trains the whole UNet, which in {self.dtype} loses small updates; use dtype=float32",
+        )
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How images are made, in training and evaluation alike."""
+
+    prompts: str = "animals"
+    """A prompt set by name, or a text or JSONL file, one prompt a line."""
+    num_steps: int = 10
+    """Denoising steps T."""
+    eta: float = 1.0
+    """DDIM's noise, in (0, 1]; 1 is DDPM's posterior."""
+    images_per_iteration: int = 64
+    """Images sampled before each round of updates."""
+    samples_per_prompt: int = 1
+    """How often each drawn prompt is repeated in a batch."""
+
+    def __post_init__(self) -> None:
+        """Refuse impossible numbers."""
+        _require(1 <= self.num_steps <= 1000, f"num_steps={self.num_steps} must lie between 1 and 1000")
+        _require(0 < self.eta <= 1, f"eta={self.eta} must lie in (0, 1]: at 0 no step has a log-probability to train")
+        _require(self.images_per_iteration >= 1, f"images_per_iteration={self.images_per_iteration} must be at least 1")
+        _require(
+            self.samples_per_prompt >= 1 and self.images_per_iteration % self.samples_per_prompt == 0,
+            f"images_per_iteration={self.images_per_iteration} is no multiple of "
+            f"samples_per_prompt={self.samples_per_prompt}",
+        )
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How the policy is improved."""
+
+    iterations: int = 45
+    """Rounds of sampling and updating."""
+    learning_rate: float = 1e-3
+    """AdamW's, constant."""
+    weight_decay: float = 1e-4
+    """AdamW's."""
+    clip_range: float = 1e-3
+    """PPO's; it belongs to the reduction of the log-probability and the size of the latents."""
+    log_prob_reduction: Literal["mean", "sum"] = "mean"
+    """'mean' over the latent's elements as in DDPO's code, or the true 'sum'."""
+    timestep_fraction: float = 0.5
+    """Share of each trajectory's steps that train, drawn anew each time."""
+    updates_per_epoch: int = 4
+    """Optimiser steps in one pass over the chosen transitions."""
+    epochs: int = 1
+    """Passes over a batch of trajectories."""
+    micro_batch: int = 128
+    """Transitions that go through the network at a time; bounds memory, changes nothing else."""
+    max_grad_norm: float = 1.0
+    """The gradient's global norm is clipped to this."""
+    advantage_buffer: int = 32
+    """Rewards remembered a prompt."""
+    advantage_min_count: int = 8
+    """Below this many, the batch's statistics serve."""
+    recompute_log_prob: bool = False
+    """Compute old log-probabilities again on the training path: needed where half precision makes the two differ."""
+
+    def __post_init__(self) -> None:
+        """Refuse impossible numbers."""
+        for name in ("iterations", "updates_per_epoch", "epochs", "micro_batch"):
+            _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("learning_rate", "clip_range", "max_grad_norm"):
+            _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be above 0")
+        _require(0 < self.timestep_fraction <= 1, f"timestep_fraction={self.timestep_fraction} must lie in (0, 1]")
+        _require(
+            1 <= self.advantage_min_count <= self.advantage_buffer,
+            f"advantage_min_count={self.advantage_min_count} must lie between 1 and "
+            f"advantage_buffer={self.advantage_buffer}",
+        )
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """A whole run."""
+
+    preset: Literal["embedded", "sd15"] = "embedded"
+    """Where the other defaults come from: the small pipeline that ships, or DDPO's published settings."""
+    reward: RewardName = "style-preference"
+    """What is maximised."""
+    reward_head: str | None = None
+    """For laion-aesthetic: file with the published head's weights."""
+    seed: int = 0
+    """Seeds prompts, noise and adapters."""
+    output: Path = Path("runs/ppo_aesthetic")
+    """The run folder; a number is appended when it holds a run already."""
+    logger: Literal["csv", "tensorboard", "wandb"] = "csv"
+    """TorchRL's logger that gets the metrics beside metrics.csv."""
+    evaluate_every: int = 10
+    """Iterations between evaluations on fixed prompts and noise."""
+    evaluation_samples: int = 2
+    """Images a prompt in an evaluation."""
+    model: ModelSettings = field(default_factory=ModelSettings)
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+
+    def __post_init__(self) -> None:
+        """Refuse what does not fit together."""
+        _require(self.evaluate_every >= 1, f"evaluate_every={self.evaluate_every} must be at least 1")
+        _require(self.evaluation_samples >= 1, f"evaluation_samples={self.evaluation_samples} must be at least 1")
+        steps = max(1, round(self.training.timestep_fraction * self.sampling.num_steps))
+        transitions = steps * self.sampling.images_per_iteration
+        _require(
+            transitions >= self.training.updates_per_epoch,
+            f"{self.sampling.images_per_iteration} images x {steps} trained steps are {transitions} transitions, too few "
+            f"for updates_per_epoch={self.training.updates_per_epoch}",
+        )
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)

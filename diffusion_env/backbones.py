@@ -1,0 +1,228 @@
+"""The adapter to diffusers pipelines: encoded prompts, guided network output, decoding, LoRA.
+
+Nothing outside this file knows what a pipeline's conditioning consists of or what its network predicts.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from tensordict import TensorDict
+from torch import Tensor, nn
+
+from .conditioning import ConditioningCache
+from .samplers import DDIMSampler
+
+ADAPTER = "policy"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) on the network's layers whose names end in `targets`."""
+
+    rank: int = 4
+    alpha: float = 4.0
+    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+
+    def __post_init__(self) -> None:
+        """Refuse what trains nothing."""
+        if self.rank < 1 or self.alpha <= 0 or not self.targets:
+            raise ValueError(f"LoRA needs rank >= 1, alpha > 0 and at least one target module, got {self}")
+
+
+class StableDiffusionBackbone(nn.Module):
+    """A `StableDiffusionPipeline` seen as a denoiser: Stable Diffusion 1.x, 2.x, the embedded pipeline.
+
+    Only the UNet is a submodule (a policy's parameters are the network's); VAE and text encoder are frozen. With
+    `lora` the adapter is what trains; without, every weight of the UNet does and a frozen copy is the reference.
+    """
+
+    def __init__(
+        self,
+        pipeline: StableDiffusionPipeline,
+        *,
+        guidance_scale: float = 5.0,
+        lora: LoRA | None = None,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        """Take over `pipeline`, whose UNet is changed in place.
+
+        Args:
+            pipeline: a loaded pipeline, on its device and in its dtype.
+            guidance_scale: weight w of classifier-free guidance, out_uncond + w (out_cond - out_uncond); 1 turns it
+                off and saves half of the network's work.
+            lora: adapters to train; None trains the whole network.
+            gradient_checkpointing: recompute activations in the backward pass.
+        """
+        super().__init__()
+        if guidance_scale < 1:
+            raise ValueError(f"guidance_scale is {guidance_scale}; it must be at least 1 (1 = no guidance)")
+        self.guidance_scale = guidance_scale
+        self.lora = lora
+        self.unet = pipeline.unet
+        self._pipeline = (pipeline,)  # a tuple hides it from nn.Module: its frozen parts are no policy parameters
+        for part in (pipeline.vae, pipeline.text_encoder, self.unet):
+            part.requires_grad_(False).eval()
+        self._reference: tuple[nn.Module, ...] = ()
+        if lora is None:
+            self._reference = (copy.deepcopy(self.unet),)
+            self.unet.requires_grad_(True)
+        else:
+            _add_lora(self.unet, lora)
+        cast_training_params(self.unet)  # float32 master weights, whatever the network computes in
+        if gradient_checkpointing:
+            self.unet.enable_gradient_checkpointing()
+        self._negative = self._encode([""])
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        *,
+        dtype: str = "float32",
+        device: str | torch.device = "cpu",
+        guidance_scale: float = 5.0,
+        lora: LoRA | None = None,
+        gradient_checkpointing: bool = False,
+        channels_last: bool = True,
+    ) -> StableDiffusionBackbone:
+        """Load a pipeline from a folder or by its hub name; the arguments are those of the constructor.
+
+        Args:
+            model: a diffusers folder, or a name such as "stable-diffusion-v1-5/stable-diffusion-v1-5".
+            dtype: "float32", "bfloat16" or "float16" for the frozen weights; what trains is float32 in any case.
+            device: where to put it.
+            guidance_scale: see the constructor.
+            lora: see the constructor.
+            gradient_checkpointing: see the constructor.
+            channels_last: memory format of UNet and VAE, faster on most machines.
+
+        Raises:
+            ValueError: full fine-tuning in half precision, which loses small updates.
+        """
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
+        if lora is None and dtype != "float32":
+            raise ValueError(f"full fine-tuning in {dtype} loses small updates; use dtype='float32' or LoRA")
+        pipeline = StableDiffusionPipeline.from_pretrained(
+            str(model), dtype=DTYPES[dtype], safety_checker=None, requires_safety_checker=False
+        ).to(device)
+        if channels_last:
+            pipeline.unet.to(memory_format=torch.channels_last)
+            pipeline.vae.to(memory_format=torch.channels_last)
+        return cls(pipeline, guidance_scale=guidance_scale, lora=lora, gradient_checkpointing=gradient_checkpointing)
+
+    @property
+    def pipeline(self) -> StableDiffusionPipeline:
+        """The diffusers pipeline, sharing this network."""
+        return self._pipeline[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network lives."""
+        return self.unet.device
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Shape of one image's latents, (channels, height, width)."""
+        config = self.unet.config
+        size = config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return (config.in_channels, height, width)
+
+    def sampler(self, num_steps: int, eta: float = 1.0) -> DDIMSampler:
+        """The DDIM sampler of this pipeline's noise schedule, on its device."""
+        return DDIMSampler(self.pipeline.scheduler.config, num_steps, eta).to(self.device)
+
+    def conditioning(self, prompts: Sequence[str], *, max_bytes: int = 1 << 28) -> ConditioningCache:
+        """A cache of encoded `prompts` for `forward`."""
+        return ConditioningCache(self._encode, prompts, max_bytes=max_bytes)
+
+    @torch.no_grad()
+    def _encode(self, prompts: list[str]) -> TensorDict:
+        states, _ = self.pipeline.encode_prompt(prompts, self.device, 1, do_classifier_free_guidance=False)
+        return TensorDict({"encoder_hidden_states": states}, [len(prompts)], device=self.device)
+
+    def forward(self, x_t: Tensor, timestep: Tensor, conditioning: TensorDict) -> Tensor:
+        """Guided network output, float32 [B, *latent].
+
+        Args:
+            x_t: latents [B, *latent].
+            timestep: int64 [B].
+            conditioning: what `conditioning(...)` returns for the batch's prompt ids.
+        """
+        x_t = x_t.to(self.pipeline.unet.dtype)
+        states = conditioning["encoder_hidden_states"]
+        if self.guidance_scale == 1:
+            return self.unet(x_t, timestep, encoder_hidden_states=states).sample.float()
+        negative = self._negative["encoder_hidden_states"].expand_as(states)
+        out = self.unet(
+            torch.cat([x_t, x_t]), timestep.repeat(2), encoder_hidden_states=torch.cat([negative, states])
+        ).sample.float()
+        out_uncond, out_cond = out.chunk(2)
+        return out_uncond + self.guidance_scale * (out_cond - out_uncond)
+
+    def decode(self, latents: Tensor, *, chunk: int = 16) -> Tensor:
+        """Images float32 in [0, 1], [B, 3, H, W], of latents; gradients flow unless they are switched off.
+
+        Args:
+            latents: [B, *latent], the sampler's scale.
+            chunk: images decoded at a time, which bounds memory.
+        """
+        vae = self.pipeline.vae
+        scaled = (latents / vae.config.scaling_factor).to(vae.dtype)
+        images = torch.cat([vae.decode(part, return_dict=False)[0] for part in scaled.split(chunk)])
+        return (images.float() / 2 + 0.5).clamp(0, 1)
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Within this context `forward` is the pretrained network: adapter off, or the frozen copy."""
+        if self.lora is not None:
+            self.unet.disable_adapters()
+            try:
+                yield
+            finally:
+                self.unet.enable_adapters()
+        else:
+            trained, self.unet = self.unet, self._reference[0]
+            try:
+                yield
+            finally:
+                self.unet = trained
+
+    def save(self, folder: str | Path) -> None:
+        """Write what was trained: a folder for `pipe.load_lora_weights(folder)`, or the UNet in diffusers' format."""
+        if self.lora is None:
+            self.unet.save_pretrained(folder)
+            return
+        StableDiffusionPipeline.save_lora_weights(
+            str(folder),
+            unet_lora_layers=get_peft_model_state_dict(self.unet, adapter_name=ADAPTER),
+            unet_lora_adapter_metadata=self._lora_metadata(),
+        )
+
+    def _lora_metadata(self) -> dict[str, Any]:
+        # Without it alpha is lost and diffusers would assume alpha = rank.
+        return self.unet.peft_config[ADAPTER].to_dict()
+
+
+def _add_lora(unet: nn.Module, lora: LoRA) -> None:
+    names = [name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    for target in lora.targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            raise ValueError(f"no linear or convolution layer of the UNet is called {target!r}; see LoRA.targets")
+    unet.add_adapter(
+        LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets), init_lora_weights="gaussian"),
+        adapter_name=ADAPTER,
+    )

@@ -1,0 +1,16 @@
+"""Rewards: images and prompts to one number an image. Importing this imports torch and nothing heavier."""
+
+from .base import Reward
+from .efficientnet import LiteFeatures
+from .jpeg import JPEGCompressibility, JPEGIncompressibility
+from .laion import LAIONAesthetic
+from .style_preference import StylePreference
+
+__all__ = [
+    "JPEGCompressibility",
+    "JPEGIncompressibility",
+    "LAIONAesthetic",
+    "LiteFeatures",
+    "Reward",
+    "StylePreference",
+]

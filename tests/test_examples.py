@@ -1,0 +1,56 @@
+"""Every example runs with small numbers and leaves what it promises."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py") if path.name != "__init__.py")
+SMALL = [
+    "--sampling.images-per-iteration", "6",
+    "--sampling.num-steps", "3",
+    "--training.iterations", "2",
+    "--evaluation-samples", "1",
+    "--evaluate-every", "1",
+]  # fmt: skip
+RUNS = {"ppo_aesthetic.py": "style-preference", "reinforce_compressibility.py": "jpeg-compressibility"}
+
+
+def test_no_example_is_forgotten():
+    assert set(EXAMPLES) == {*RUNS, "pretrain_embedded.py"}  # the last one is tested in test_pretraining.py
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_example_leaves_a_complete_run_folder(name, tmp_path):
+    output = tmp_path / "run"
+    command = [sys.executable, str(ROOT / "examples" / name), *SMALL, "--output", str(output)]
+    if name == "ppo_aesthetic.py":
+        command += ["--training.clip-range", "0.01"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert RUNS[name] in done.stdout
+    for file in ("reward_curve.png", "before_after.png", "metrics.csv", "checkpoint.pt", "config.json"):
+        assert (output / file).stat().st_size > 0
+        assert str(output / file) in done.stdout
+    assert (output / "lora" / "pytorch_lora_weights.safetensors").exists()
+    assert json.loads((output / "config.json").read_text())["reward"] == RUNS[name]
+    with (output / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2
+    assert float(rows[1]["grad_norm"]) > 0
+    assert "eval_reward" in rows[0]
+    checkpoint = torch.load(output / "checkpoint.pt", weights_only=True)
+    assert checkpoint.keys() == {"loss", "optimizer", "advantage"}
+
+
+def test_an_impossible_setting_is_refused_before_anything_loads(tmp_path):
+    command = [sys.executable, str(ROOT / "examples" / "ppo_aesthetic.py"), "--sampling.eta", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=tmp_path)
+    assert done.returncode != 0
+    assert "eta=2" in done.stderr
+    assert not list(tmp_path.iterdir())
