@@ -79,8 +79,8 @@ class DenoisingNormal(Distribution):
         deterministic = std == 0
         if self.loc.requires_grad and deterministic.any():
             raise ValueError(
-                f"{int(deterministic.sum())} of {len(std)} transitions are deterministic (standard deviation 0) and have "
-                "no log-probability; train the others only (`sampler.has_density`)"
+                f"{int(deterministic.sum())} of {len(std)} transitions are deterministic (standard deviation 0) and "
+                "have no log-probability; train the others only (`sampler.has_density`)"
             )
         log_prob = normal_log_prob(x, mean, std.masked_fill(deterministic, 1.0), self._reduction)
         return log_prob.masked_fill(deterministic.flatten(), 0.0).reshape(self.batch_shape)

@@ -29,7 +29,7 @@ def ddpo_is_loss(policy: ProbabilisticActor, *, clip_range: float = 1e-4) -> Cli
 
 
 class OnPolicyRatioCheck:
-    """Measures |ratio - 1| on data of the current policy, where it should be 0, and refuses a run that would train noise.
+    """Measures |ratio - 1| on data of the current policy, where it should be 0; refuses a run that would train noise.
 
     A ratio that is off before the first update comes from a network that computes differently in sampling and in
     training (half precision, other batch shapes); beyond a tenth of the clip range it decides what is clipped.
@@ -50,8 +50,8 @@ class OnPolicyRatioCheck:
         error = ((log_prob - transitions["action_log_prob"]).exp() - 1).abs().max().item()
         if not error <= self._limit:
             raise RuntimeError(
-                f"before the first update the importance ratio is off by {error:.2g}, more than a tenth of the clip range "
-                f"({self._limit:.2g}): the network computes differently in sampling and in training. Use float32, or the "
-                "same batch shape in both, or a wider clip range"
+                f"before the first update the importance ratio is off by {error:.2g}, more than a tenth of the clip "
+                f"range ({self._limit:.2g}): the network computes differently in sampling and in training. Use "
+                "float32, recompute_log_prob, the same batch shape in both, or a wider clip range"
             )
         return {"ratio_error": error}

@@ -62,6 +62,6 @@ class ScoreFunctionLoss(LossModule):
         if advantage.shape != log_prob.shape:
             raise ValueError(
                 f"advantage has shape {tuple(advantage.shape)} after its last dimension is dropped, log-probabilities "
-                f"have {tuple(log_prob.shape)}; they would be multiplied pairwise. Give one advantage a transition, [N, 1]"
+                f"have {tuple(log_prob.shape)}; every pair would be multiplied. Give one advantage a transition, [N, 1]"
             )
         return TensorDict({"loss_objective": score_function(log_prob, advantage)})

@@ -76,7 +76,7 @@ class RunFolder:
         plt.close(figure)
 
     def save_before_after(self, before: Evaluation, after: Evaluation, *, columns: int = 9) -> None:
-        """`before_after.png`: the first image of each of 2 x `columns` prompts, above it the same noise before training."""
+        """`before_after.png`: the first image of each of 2 x `columns` prompts, above it the same before training."""
         plt = _pyplot()
         stride = max(1, len(set(before.prompts)) // (2 * columns))
         shown = list(range(0, len(set(before.prompts)), stride))[: 2 * columns]

@@ -109,8 +109,8 @@ def update(
     if not norm.isfinite():
         optimizer.zero_grad()
         raise FloatingPointError(
-            f"the gradient's norm is {norm.item()}; the update was not made. Lower the learning rate, or look for a reward "
-            "or a network in half precision that overflows"
+            f"the gradient's norm is {norm.item()}; the update was not made. Lower the learning rate, or look for a "
+            "reward or a network in half precision that overflows"
         )
     optimizer.step()
     optimizer.zero_grad()

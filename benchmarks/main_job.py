@@ -3,8 +3,9 @@
     python -m benchmarks.main_job                                   # the aesthetic reward, seeds 0 1 2
     python -m benchmarks.main_job --reward jpeg-compressibility --seeds 0
 
-Each run appends a row to `benchmarks/results/main_job.csv`: reward on fixed prompts and noise before and after, the gain
-in standard deviations of the pretrained model's images, the share of images that the Lite2 probe gives their own animal.
+Each run appends a row to `benchmarks/results/main_job.csv`: reward on fixed prompts and noise before and after, the
+gain in standard deviations of the pretrained model's images, the share of images that the Lite2 probe gives their own
+animal.
 """
 
 from __future__ import annotations

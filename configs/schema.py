@@ -145,8 +145,8 @@ class RunSettings:
         transitions = steps * self.sampling.images_per_iteration
         _require(
             transitions >= self.training.updates_per_epoch,
-            f"{self.sampling.images_per_iteration} images x {steps} trained steps are {transitions} transitions, too few "
-            f"for updates_per_epoch={self.training.updates_per_epoch}",
+            f"{self.sampling.images_per_iteration} images x {steps} trained steps are {transitions} transitions, too "
+            f"few for updates_per_epoch={self.training.updates_per_epoch}",
         )
 
 

@@ -13,15 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from tensordict import TensorDict
 from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
 
 from .conditioning import ConditioningCache
 from .samplers import DDIMSampler
+
+# Importing the pipeline makes transformers log that image processors, which nobody uses here, lack torchvision.
+_verbosity = transformers_logging.get_verbosity()
+transformers_logging.set_verbosity_error()
+from diffusers import StableDiffusionPipeline  # noqa: E402
+
+transformers_logging.set_verbosity(_verbosity)
 
 ADAPTER = "policy"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -67,8 +67,8 @@ class ConditioningCache:
         capacity = self._table.batch_size[0]
         if len(ids) > capacity:
             raise ValueError(
-                f"{len(ids)} distinct prompts are needed at once but {capacity} fit; raise max_bytes or use fewer prompts "
-                "a batch"
+                f"{len(ids)} distinct prompts are needed at once but {capacity} fit; raise max_bytes or use fewer "
+                "prompts a batch"
             )
         missing = [i for i in ids if i not in self._slots]
         for i in ids:

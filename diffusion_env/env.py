@@ -196,7 +196,7 @@ class DenoisingEnv(EnvBase):
         if (step != self.num_steps - 1).any():
             raise RuntimeError(
                 f"{self._steps_done} steps were taken since reset, but the TensorDict is at step "
-                f"{step.flatten()[0].item()} of {self.num_steps}; step from the state that the last step returned, or reset"
+                f"{step.flatten()[0].item()} of {self.num_steps}; step from what the last step returned, or reset"
             )
         reward = self._callables[1]
         prompts = [self.prompts[i] for i in tensordict["prompt_id"].flatten().tolist()]

@@ -31,11 +31,11 @@ RESET_OPTIONS = ("prompt_id", "latents")
 
 
 def colourfulness(images: Tensor, prompts: list[str]) -> Tensor:
-    """Colourfulness of images [B, 3, H, W] in [0, 1], [B]: Hasler and Suesstrunk 2003, equation 3.
+    """Colourfulness [B] of images [B, 3, H, W] in [0, 1]: the third metric of Hasler and Suesstrunk 2003.
 
-    sqrt(std(rg)^2 + std(yb)^2) + 0.3 sqrt(mean(rg)^2 + mean(yb)^2) with rg = R - G and yb = (R + G) / 2 - B. 0 is a grey
-    image; times 255 it is on the paper's scale, where 33 is "moderately" and 109 "extremely colourful". The prompts do
-    not matter.
+    sqrt(std(rg)^2 + std(yb)^2) + 0.3 sqrt(mean(rg)^2 + mean(yb)^2) with rg = R - G and yb = (R + G) / 2 - B. A grey
+    image has 0; times 255 it is on the paper's scale, where 33 is "moderately" and 109 "extremely colourful". The
+    prompts do not matter.
     """
     red, green, blue = images.float().flatten(2).unbind(1)
     opponents = torch.stack([red - green, (red + green) / 2 - blue])
@@ -46,9 +46,9 @@ def colourfulness(images: Tensor, prompts: list[str]) -> Tensor:
 class GymDenoisingEnv(gymnasium.Env[Observation, Latents]):
     """`DenoisingEnv` with one image as a `gymnasium.Env`; the same seed and actions give the same states and rewards.
 
-    Observation: `latents` float32 [*latent], `step` (0 to T, the index of the next decision) and `prompt_id`. Action: the
-    next, less noisy latents, within +-`LATENT_BOUND`. The reward is 0 until step T, where the episode is `terminated`.
-    `info["prompt"]` is the prompt's text.
+    Observation: `latents` float32 [*latent], `step` (0 to T, the index of the next decision) and `prompt_id`. Action:
+    the next, less noisy latents, within +-`LATENT_BOUND`. The reward is 0 until step T, where the episode is
+    `terminated`. `info["prompt"]` is the prompt's text.
     """
 
     metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 4}
@@ -173,8 +173,8 @@ class GymDenoisingEnv(gymnasium.Env[Observation, Latents]):
         largest = np.abs(latents).max()
         if largest > LATENT_BOUND:
             raise ValueError(
-                f"{name} reaches {largest:g}, outside +-{LATENT_BOUND:g}, which no sampler does: latents have about unit "
-                "variance. Look for the error in the policy, or clip if you mean it"
+                f"{name} reaches {largest:g}, outside +-{LATENT_BOUND:g}, which no sampler does: latents have about "
+                "unit variance. Look for the error in the policy, or clip if you mean it"
             )
         return torch.from_numpy(latents)[None].to(self._env.device)
 
@@ -194,7 +194,7 @@ class GymDenoisingEnv(gymnasium.Env[Observation, Latents]):
         return {"prompt": self._env.prompts[state["prompt_id"].item()]}
 
 
-def _latent_space(decoder: Decoder) -> spaces.Box:
+def _latent_space(decoder: Decoder) -> spaces.Box[np.float32]:
     return spaces.Box(-LATENT_BOUND, LATENT_BOUND, decoder.latent_shape, np.float32)
 
 

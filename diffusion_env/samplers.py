@@ -130,9 +130,10 @@ class DDIMSampler(nn.Module):
             ValueError: some decision asked about is deterministic, so there is no density.
         """
         if not self._all_have_density and not self.has_density[i.cpu()].all():
+            without = sorted(set(i[~self.has_density[i.cpu()]].tolist()))
             raise ValueError(
-                f"decisions {sorted(set(i[~self.has_density[i.cpu()]].tolist()))} are deterministic (standard deviation "
-                "0) and have no log-probability; leave them out (`sampler.has_density`) or raise `eta` above 0"
+                f"decisions {without} are deterministic (standard deviation 0) and have no log-probability; leave "
+                "them out (`sampler.has_density`) or raise `eta` above 0"
             )
         return normal_log_prob(x_prev, step.mean, step.std, reduction)
 
@@ -175,8 +176,8 @@ def _refuse_unsupported(scheduler: DDIMScheduler, num_steps: int, eta: float) ->
     for setting in ("clip_sample", "thresholding"):
         if config[setting]:
             raise ValueError(
-                f"the scheduler has {setting}=True, which bends the predicted image so that the step's mean is no longer "
-                f"linear in the network's output; set {setting} to false in scheduler_config.json"
+                f"the scheduler has {setting}=True, which bends the predicted image so that the step's mean is no "
+                f"longer linear in the network's output; set {setting} to false in scheduler_config.json"
             )
 
 

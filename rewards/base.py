@@ -35,7 +35,7 @@ def check_batch(images: Tensor, prompts: list[str]) -> None:
     """Refuse what no reward can score: another layout or dtype, or another number of prompts than of images."""
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise ValueError(
-            f"images are {images.dtype} of shape {tuple(images.shape)}, expected floats in [0, 1] of shape [B, 3, H, W]: "
+            f"images are {images.dtype} of shape {tuple(images.shape)}, expected floats in [0, 1], [B, 3, H, W]: "
             f"divide uint8 by 255, put channels first, repeat a single grey channel."
         )
     if len(prompts) != len(images):

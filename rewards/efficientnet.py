@@ -62,7 +62,7 @@ class LiteFeatures(nn.Module):
             size = (self.resolution, self.resolution)
             images = F.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
         pixels = (images * 255 - 127) / 128  # the range that the network was trained on
-        return self.network.extract_features(pixels.contiguous(memory_format=torch.channels_last)).mean((2, 3))
+        return self.network(pixels.contiguous(memory_format=torch.channels_last))
 
 
 def _load_network(variant: str) -> nn.Module:
@@ -76,7 +76,7 @@ def _load_network(variant: str) -> nn.Module:
 
     network = EfficientNet.from_name(f"efficientnet-{variant}")
     network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-    network._fc = nn.Identity()  # the 1,000 ImageNet classes: unused
+    network._fc = nn.Identity()  # the averaged features, not the 1,000 ImageNet classes
     return network.requires_grad_(False).to(memory_format=torch.channels_last)
 
 

@@ -6,7 +6,7 @@ import io
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -56,7 +56,7 @@ def jpeg_kilobytes(images: Tensor, quality: int) -> Tensor:
     return torch.tensor(sizes, dtype=torch.float32, device=images.device) / 1000
 
 
-def _jpeg_bytes(pixels: object, quality: int) -> int:
+def _jpeg_bytes(pixels: Any, quality: int) -> int:
     from PIL import Image
 
     file = io.BytesIO()

@@ -37,8 +37,7 @@ class LAIONAesthetic(nn.Module):
         super().__init__()
         self.head = AestheticHead()
         self.head.load_state_dict(_read_head(_find_head(head)))
-        self.vision, self.projection = _load_clip(clip)
-        self.size: int = self.vision.config.image_size
+        self.vision, self.projection, self.size = _load_clip(clip)
         self.requires_grad_(False).train(False)
 
     def train(self, mode: bool = True) -> LAIONAesthetic:
@@ -80,10 +79,12 @@ def clip_crop(images: Tensor, size: int) -> Tensor:
     height, width = images.shape[-2:]
     shortest = min(height, width)
     height, width = int(size * height / shortest), int(size * width / shortest)
-    if (height, width) != images.shape[-2:]:
-        images = F.interpolate(images, (height, width), mode="bicubic", antialias=True)
+    # Width, then height, clamped after each as PIL does: an overshoot of the first pass must not reach the second.
+    for shape in ((images.shape[-2], width), (height, width)):
+        if shape != images.shape[-2:]:
+            images = F.interpolate(images, shape, mode="bicubic", antialias=True).clamp(0, 1)
     top, left = (height - size) // 2, (width - size) // 2
-    return images[..., top : top + size, left : left + size].clamp(0, 1)
+    return images[..., top : top + size, left : left + size]
 
 
 def _find_head(head: str | Path) -> Path:
@@ -109,15 +110,16 @@ def _read_head(path: Path) -> dict[str, Tensor]:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _load_clip(clip: str | Path) -> tuple[nn.Module, nn.Module]:
-    """CLIP's image tower and projection; the text tower, a third of the model, is let go."""
+def _load_clip(clip: str | Path) -> tuple[nn.Module, nn.Module, int]:
+    """CLIP's image tower, its projection and its input size; the text tower, a third of the model, is let go."""
     from transformers import CLIPModel
 
     try:
         model = CLIPModel.from_pretrained(clip, dtype=torch.float32)
     except OSError as error:
         raise FileNotFoundError(_advice("the CLIP model", clip, "openai/clip-vit-large-patch14")) from error
-    return model.vision_model, model.visual_projection
+    vision = model.vision_model
+    return vision, model.visual_projection, vision.embeddings.image_size
 
 
 def _advice(what: str, sought: str | Path, repository: str) -> str:

@@ -1,21 +1,37 @@
-"""stub"""
+"""A learned taste in drawing styles: the embedded pipeline's stand-in for the LAION aesthetic score."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from .base import check_batch
 from .efficientnet import LiteFeatures
 
 WEIGHTS = Path(__file__).with_name("style_preference.safetensors")
-RESOLUTION = 64
+RESOLUTION = 96
 
 
 class StylePreference(nn.Module):
-    """stub"""
+    """Prefers richly shaded, glossy drawings to flat ones: a linear head on frozen EfficientNet-Lite0 features.
+
+    The head ships with the package; `examples/pretraining/heads.py` trains it. Bradley-Terry on pairs of drawings of
+    one concept in two of six emoji styles, so that it cannot be about what is drawn: fluent-emoji ("3D") before noto,
+    noto-v1, twemoji, fluent-emoji-flat, fxemoji. Brightness, contrast, saturation and hue were changed at random on
+    each side of a pair, so that they do not tell the winner.
+
+    The score is affine in the features, hence without a ceiling; over the training drawings its mean is 0 and its
+    standard deviation 1. On drawings held out of training:
+
+    - pairs ordered as above: 72 % (the three flat styles differ little); fluent-emoji over any other style 80 %, over
+      fluent-emoji-flat, the same outlines without shading, 89 %;
+    - against emojione, a style never seen: fluent-emoji preferred 84 %, noto 76 %, fluent-emoji-flat 42 %;
+    - correlation over held-out drawings with mean brightness -0.01, with saturation 0.01.
+
+    It is a taste in one kind of art, not a measure of image quality, and an optimiser that pushes hard enough finds
+    pictures that score high and look like nothing. It ignores the prompt.
+    """
 
     name = "style_preference"
     differentiable = True
@@ -35,5 +51,5 @@ class StylePreference(nn.Module):
         return self.score_features(self.features(images))
 
     def score_features(self, features: Tensor) -> Tensor:
-        """Scores of features [..., 1280] of `LiteFeatures`."""
+        """Scores [...] of features [..., 1280] of `LiteFeatures` at `RESOLUTION`."""
         return self.head(features).squeeze(-1)

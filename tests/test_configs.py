@@ -55,11 +55,13 @@ def test_misspelt_or_impossible_settings_leave_with_a_message(arguments, capsys)
         (lambda: TrainingSettings(timestep_fraction=1.1), "timestep_fraction=1.1"),
         (lambda: TrainingSettings(advantage_min_count=64), "advantage_min_count=64"),
         (
-            lambda: RunSettings(sampling=SamplingSettings(images_per_iteration=1), training=TrainingSettings(updates_per_epoch=9)),
+            lambda: RunSettings(
+                sampling=SamplingSettings(images_per_iteration=1), training=TrainingSettings(updates_per_epoch=9)
+            ),
             "1 images x 5 trained steps are 5 transitions",
         ),
     ],
-)  # fmt: skip
+)
 def test_impossible_numbers_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()

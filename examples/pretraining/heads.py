@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from rewards.efficientnet import LiteFeatures
-from rewards.style_preference import RESOLUTION, WEIGHTS
+from rewards.style_preference import RESOLUTION, WEIGHTS, StylePreference
 
 from .augment import compose, step_generator
 from .emoji import Drawings, load_drawings
@@ -41,7 +41,7 @@ class Views:
 
 
 def train_style_preference(
-    drawings: Drawings, path: Path = WEIGHTS, *, copies: int = 6, ridge: float = 1e-3, seed: int = 0
+    drawings: Drawings, path: Path = WEIGHTS, *, copies: int = 3, ridge: float = 0.03, seed: int = 0
 ) -> None:
     """Fit the head on the drawings that are not held out and write it to `path`.
 
@@ -55,17 +55,17 @@ def train_style_preference(
     """
     drawings = drawings.select(~drawings.held_out & np.isin(drawings.style, RANKING))
     views = random_views(drawings, LiteFeatures("lite0", resolution=RESOLUTION), copies=copies, seed=seed)
-    save_file(fit_preference(views, ranked_pairs(drawings), ridge=ridge), path)
+    save_file(fit_preference(views.features, ranked_pairs(drawings), ridge=ridge), path)
 
 
-def fit_preference(views: Views, pairs: Tensor, *, ridge: float, decorrelate: float = 1.0) -> dict[str, Tensor]:
-    """The head's weights, scaled to mean 0 and standard deviation 1 over the views.
+def fit_preference(features: Tensor, pairs: Tensor, *, ridge: float) -> dict[str, Tensor]:
+    """The linear head's weights, scaled to scores of mean 0 and standard deviation 1 over `features` [copies, N, 1280].
 
-    Minimises the Bradley-Terry loss, `ridge` times the squared norm, and `decorrelate` times the squared correlations
-    of the score with brightness and saturation. Deterministic: L-BFGS from zero on all views at once.
+    Minimises the Bradley-Terry loss plus `ridge` times the squared norm: convex, so L-BFGS from zero finds the one
+    optimum, whatever the seed.
     """
-    centre, spread = views.features.mean((0, 1)), views.features.std((0, 1)) + 1e-3
-    inputs = (views.features - centre) / spread
+    centre, spread = features.mean((0, 1)), features.std((0, 1)) + 1e-3
+    inputs = (features - centre) / spread
     weight = nn.Parameter(torch.zeros(inputs.shape[-1]))
     optimizer = torch.optim.LBFGS([weight], max_iter=300, history_size=20, line_search_fn="strong_wolfe")
 
@@ -73,8 +73,6 @@ def fit_preference(views: Views, pairs: Tensor, *, ridge: float, decorrelate: fl
         optimizer.zero_grad()
         scores = inputs @ weight
         loss = F.softplus(scores[:, pairs[:, 1]] - scores[:, pairs[:, 0]]).mean() + ridge * weight.square().sum()
-        for nuisance in (views.brightness, views.saturation):
-            loss = loss + decorrelate * correlation(scores, nuisance).square()
         loss.backward()
         return loss
 
@@ -85,26 +83,34 @@ def fit_preference(views: Views, pairs: Tensor, *, ridge: float, decorrelate: fl
 
 @torch.no_grad()
 def evaluate_style_preference(
-    drawings: Drawings, score: nn.Module, *, copies: int = 2, seed: int = 1
+    drawings: Drawings, reward: StylePreference, *, copies: int = 2, seed: int = 1
 ) -> dict[str, float]:
-    """Shares of pairs ordered as `RANKING` says, and correlations, over views without any change of colours.
+    """Shares of pairs ordered as `RANKING` says, and correlations, over views whose colours are not changed.
 
-    Pairs of seen styles have at least one drawing that was held out; `emojione` was never seen in training.
+    Of a pair of seen styles at least one drawing was held out of training; of `emojione` all were.
     """
-    held_out = np.unique(drawings.concept[drawings.held_out & (drawings.style != "emojione")])
-    drawings = drawings.select(np.isin(drawings.concept, held_out))
-    views = random_views(drawings, score.features, copies=copies, seed=seed, colours=False)
-    scores = score.score_features(views.features)
-    result = {}
-    pairs = ranked_pairs(drawings)
-    new = torch.from_numpy(drawings.held_out)
-    pairs = pairs[new[pairs].any(1)]
-    result["pairs, seen styles"] = _share_won(scores, pairs)
-    for style in RANKING:
-        unseen = ranked_pairs(drawings, (style, "emojione"))
-        result[f"{style} over emojione"] = _share_won(scores, unseen)
-    for name, nuisance in (("brightness", views.brightness), ("saturation", views.saturation)):
-        result[f"correlation with {name}"] = correlation(scores[:, new], nuisance[:, new]).item()
+    held_out_concepts = drawings.concept[drawings.held_out & (drawings.style != "emojione")]
+    drawings = drawings.select(np.isin(drawings.concept, held_out_concepts))
+    views = random_views(drawings, reward.features, copies=copies, seed=seed, colours=False)
+    scores = reward.score_features(views.features)
+    new = torch.from_numpy(drawings.held_out & (drawings.style != "emojione"))
+
+    def share_won(ranking: tuple[str, ...], *, held_out_only: bool) -> float:
+        pairs = ranked_pairs(drawings, ranking)
+        if held_out_only:
+            pairs = pairs[new[pairs].any(1)]
+        return (scores[:, pairs[:, 0]] > scores[:, pairs[:, 1]]).float().mean().item()
+
+    result = {
+        "pairs of seen styles": share_won(RANKING, held_out_only=True),
+        "fluent-emoji over any other": np.mean(
+            [share_won(("fluent-emoji", other), held_out_only=True) for other in RANKING[1:]]
+        ).item(),
+        "fluent-emoji over fluent-emoji-flat": share_won(("fluent-emoji", "fluent-emoji-flat"), held_out_only=True),
+    }
+    result |= {f"{style} over emojione": share_won((style, "emojione"), held_out_only=False) for style in RANKING}
+    result["correlation with brightness"] = correlation(scores[:, new], views.brightness[:, new])
+    result["correlation with saturation"] = correlation(scores[:, new], views.saturation[:, new])
     return result
 
 
@@ -173,19 +179,12 @@ def saturation(images: Tensor) -> Tensor:
     return ((highest - lowest) / highest.clamp(min=1e-3)).mean((1, 2))
 
 
-def correlation(a: Tensor, b: Tensor) -> Tensor:
+def correlation(a: Tensor, b: Tensor) -> float:
     """Pearson's correlation over all elements."""
-    a, b = a - a.mean(), b - b.mean()
-    return (a * b).mean() / (a.square().mean() * b.square().mean() + 1e-12).sqrt()
-
-
-def _share_won(scores: Tensor, pairs: Tensor) -> float:
-    return (scores[:, pairs[:, 0]] > scores[:, pairs[:, 1]]).float().mean().item()
+    return torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1].item()
 
 
 if __name__ == "__main__":
-    from rewards.style_preference import StylePreference
-
     data = load_drawings(Path(".cache/pretraining"))
     train_style_preference(data)
     for key, value in evaluate_style_preference(data, StylePreference()).items():

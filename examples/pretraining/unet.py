@@ -47,6 +47,7 @@ def build_scheduler() -> DDIMScheduler:
         beta_schedule="scaled_linear",
         clip_sample=False,
         set_alpha_to_one=False,
+        steps_offset=1,  # StableDiffusionPipeline insists; "trailing" timesteps do not use it
         prediction_type="v_prediction",
         timestep_spacing="trailing",
     )
@@ -139,7 +140,7 @@ def train_unet(
     batch: int = 64,
     seed: int = 0,
 ) -> UNet2DConditionModel:
-    """Minimise the min-SNR weighted v-prediction error (Hang et al. 2023, arXiv:2303.09556), one phase after another."""
+    """Minimise the min-SNR weighted v-prediction error (Hang et al. 2023, arXiv:2303.09556), phase after phase."""
     torch.manual_seed(seed)
     unet, scheduler = build_unet(), build_scheduler()
     for number, phase in enumerate(phases, 1):
