@@ -41,7 +41,8 @@ class TransitionSampler(SamplerWithoutReplacement):
     """Draws, for every trajectory anew, a random subset of its steps, and deals them out in random order.
 
     This is DDPO's `timestep_fraction`; the subset is uniform, so the loss stays an unbiased share of the whole. For a
-    storage of shape [B, T] (`ndim=2`).
+    `TensorStorage` of B trajectories [B, T] with one storage dimension: torchrl 0.14 miscounts a storage that is given
+    its data and `ndim=2`, and would silently deal out the first few trajectories only.
     """
 
     def __init__(self, steps: Sequence[int], fraction: float = 1.0) -> None:
@@ -58,17 +59,21 @@ class TransitionSampler(SamplerWithoutReplacement):
         if not 0 < fraction <= 1:
             raise ValueError(f"timestep_fraction is {fraction}; it must lie in (0, 1]")
         self._steps = torch.as_tensor(steps)
+        self._stride = int(self._steps.max()) + 1
         self.steps_per_trajectory = max(1, round(fraction * len(steps)))
 
+    def sample(self, storage: Storage, batch_size: int) -> tuple[tuple[Tensor, Tensor], dict]:
+        """Indices (trajectory, step) of up to `batch_size` transitions."""
+        index, info = super().sample(storage, batch_size)
+        return (index // self._stride, index % self._stride), info
+
     def _get_sample_list(self, storage: Storage | None, len_storage: int, batch_size: int) -> None:
-        # The parent deals out `_sample_list`, flat indices into [B, T]; it asks again after each pass.
-        if storage is not None:
-            self._shape = storage.shape
-        trajectories, length = self._shape
-        order = torch.rand(trajectories, len(self._steps), generator=self._rng).argsort(1)
-        chosen = self._steps[order[:, : self.steps_per_trajectory]] + torch.arange(trajectories)[:, None] * length
-        self._sample_list = chosen.flatten()[torch.randperm(chosen.numel(), generator=self._rng)]
-        self._remaining_batches = -(self._sample_list.numel() // -batch_size)
+        # The parent deals out `_sample_list`, here trajectory * stride + step; it asks again after each pass.
+        order = torch.rand(len_storage, len(self._steps), generator=self._rng).argsort(1)
+        steps = self._steps[order[:, : self.steps_per_trajectory]]
+        chosen = (steps + torch.arange(len_storage)[:, None] * self._stride).flatten()
+        self._sample_list = chosen[torch.randperm(len(chosen), generator=self._rng)]
+        self._remaining_batches = -(len(chosen) // -batch_size)
 
 
 def trainable_steps(has_density: Tensor) -> list[int]:

@@ -62,7 +62,7 @@ def train(
         data = advantage(data)
         transitions = data.batch_size[0] * sampler.steps_per_trajectory
         buffer = ReplayBuffer(
-            storage=TensorStorage(data, ndim=2),
+            storage=TensorStorage(data),
             sampler=sampler,
             batch_size=-(-transitions // updates_per_epoch),
         )

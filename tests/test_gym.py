@@ -13,7 +13,6 @@ from gymnasium.utils.env_checker import check_env
 
 import diffusion_env
 from diffusion_env import DenoisingEnv, LoRA, StableDiffusionBackbone
-from diffusion_env.embedded import PACKAGE_FOLDER
 from diffusion_env.gym import LATENT_BOUND, colourfulness
 from diffusion_env.prompts import animals
 from tests.tiny import tiny_pipeline
@@ -281,7 +280,6 @@ def test_colourfulness_by_hand():
     torch.testing.assert_close(found, torch.tensor(expected))
 
 
-@pytest.mark.skipif(not (PACKAGE_FOLDER / "unet").exists(), reason="the embedded weights are not in this checkout")
 def test_without_arguments():
     env = gymnasium.make("Denoising-v0", render_mode="rgb_array")
     observation, info = env.reset(seed=0, options={"prompt_id": 0})

@@ -62,7 +62,7 @@ def fit_preference(features: Tensor, pairs: Tensor, *, ridge: float) -> dict[str
     """The linear head's weights, scaled to scores of mean 0 and standard deviation 1 over `features` [copies, N, 1280].
 
     Minimises the Bradley-Terry loss plus `ridge` times the squared norm: convex, so L-BFGS from zero finds the one
-    optimum, whatever the seed.
+    optimum.
     """
     centre, spread = features.mean((0, 1)), features.std((0, 1)) + 1e-3
     inputs = (features - centre) / spread

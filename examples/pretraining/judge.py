@@ -3,7 +3,9 @@
     python -m examples.pretraining.judge
 
 A linear probe on frozen EfficientNet-Lite2 features, a network that no reward uses, trained on the drawings that are
-not held out, softened because it judges pictures decoded from latents.
+not held out, softened because it judges pictures decoded from latents. It names 100 % of the drawings it was trained
+on in new views, 75 % of the held-out drawings of seen styles (only 16), 51 % of a style never seen (chance 2.2 %): read
+it for whether samples still look like the animals of the pretraining data, and compare, rather than trust its level.
 """
 
 from __future__ import annotations
@@ -62,27 +64,33 @@ def animal_in(prompt: str) -> int:
     raise ValueError(f"the prompt {prompt!r} names none of the 45 animals that the judge knows: {', '.join(ANIMALS)}.")
 
 
-def train_judge(drawings: Drawings, path: Path = WEIGHTS, *, copies: int = 16, seed: int = 0) -> None:
+def train_judge(drawings: Drawings, path: Path = WEIGHTS, *, copies: int = 20, seed: int = 0) -> None:
     """Fit the probe on the animals that are not held out and write it to `path`."""
     drawings = drawings.select(~drawings.held_out & (drawings.animal >= 0))
     features = softened_features(drawings, LiteFeatures("lite2", resolution=RESOLUTION), copies=copies, seed=seed)
     save_file(fit_probe(features.flatten(0, 1), torch.from_numpy(drawings.animal).repeat(copies)), path)
 
 
-def fit_probe(features: Tensor, labels: Tensor, *, steps: int = 300) -> dict[str, Tensor]:
-    """Weights of a linear classifier of `features` [N, 1280], fitted on all of them at once from zero."""
+def fit_probe(features: Tensor, labels: Tensor, *, ridge: float = 1e-3) -> dict[str, Tensor]:
+    """Weights of a linear classifier of `features` [N, 1280]: cross-entropy plus `ridge` times the squared norm.
+
+    Convex, so L-BFGS from zero finds the one optimum.
+    """
     centre, spread = features.mean(0), features.std(0) + 1e-3
     inputs = (features - centre) / spread
-    probe = nn.Linear(inputs.shape[1], len(ANIMALS))
-    nn.init.zeros_(probe.weight)
-    nn.init.zeros_(probe.bias)
-    optimizer = torch.optim.AdamW(probe.parameters(), lr=3e-3, weight_decay=0.05)
-    for _ in range(steps):
+    weight = nn.Parameter(torch.zeros(inputs.shape[1], len(ANIMALS)))
+    bias = nn.Parameter(torch.zeros(len(ANIMALS)))
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
         optimizer.zero_grad()
-        F.cross_entropy(probe(inputs), labels, label_smoothing=0.1).backward()
-        optimizer.step()
-    weight = probe.weight.detach() / spread
-    return {"weight": weight, "bias": probe.bias.detach() - weight @ centre}
+        loss = F.cross_entropy(inputs @ weight + bias, labels) + ridge * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    scaled = (weight.detach().T / spread).contiguous()
+    return {"weight": scaled, "bias": bias.detach() - scaled @ centre}
 
 
 @torch.no_grad()
@@ -92,7 +100,7 @@ def softened_features(drawings: Drawings, features: nn.Module, *, copies: int, s
     views = []
     for copy in tqdm(range(copies), desc="views", mininterval=5):
         generator = step_generator(seed, copy)
-        images = compose(rgba, generator, scale=(0.6, 0.95))
+        images = compose(rgba, generator, scale=(0.6, 1.0))
         blur, noise = torch.rand(2, len(rgba), generator=generator)
         images = soften(images, 1.2 * blur, 0.03 * noise, generator)
         views.append(torch.cat([features(chunk) for chunk in images.split(64)]))
@@ -101,10 +109,16 @@ def softened_features(drawings: Drawings, features: nn.Module, *, copies: int, s
 
 @torch.no_grad()
 def evaluate_judge(drawings: Drawings, judge: AnimalJudge, *, copies: int = 4, seed: int = 1) -> dict[str, float]:
-    """Top-1 accuracy on the held-out drawings of seen styles and on `emojione`, a style never seen."""
-    animals = drawings.select(drawings.held_out & (drawings.animal >= 0))
+    """Top-1 accuracy on new views of the training drawings, on held-out ones of seen styles, on an unseen style."""
+    animals = drawings.select(drawings.animal >= 0)
+    unseen_style = animals.style == "emojione"
+    masks = {
+        "training drawings, new views": ~animals.held_out,
+        "held-out drawings, seen styles": animals.held_out & ~unseen_style,
+        "emojione, a style never seen": unseen_style,
+    }
     result = {}
-    for name, mask in (("seen styles", animals.style != "emojione"), ("emojione", animals.style == "emojione")):
+    for name, mask in masks.items():
         chosen = animals.select(mask)
         logits = judge.probe(softened_features(chosen, judge.features, copies=copies, seed=seed))
         result[name] = (logits.argmax(-1) == torch.from_numpy(chosen.animal)).float().mean().item()

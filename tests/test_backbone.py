@@ -1,0 +1,260 @@
+"""The backbone against plain diffusers: network, guidance, decoding, sampling, weights on disk."""
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from tensordict import TensorDict
+from torchrl.envs.utils import ExplorationType, set_exploration_type
+
+from agents import make_policy
+from diffusion_env import DenoisingEnv, LoRA, StableDiffusionBackbone
+from tests.tiny import tiny_pipeline
+
+PROMPTS = ["a cat", "a dog"]
+LORA = LoRA(rank=2, alpha=2.0)
+
+
+def inputs(backbone, batch: int = 3):
+    """Latents, timesteps that differ, encoded prompts, reproducibly."""
+    x = torch.randn((batch, *backbone.latent_shape), generator=torch.Generator().manual_seed(5))
+    cache = backbone.conditioning(PROMPTS)
+    return x, torch.tensor([900, 500, 1])[:batch], cache(torch.tensor([0, 1, 1])[:batch])
+
+
+def embed(pipeline, prompts):
+    return pipeline.encode_prompt(prompts, "cpu", 1, do_classifier_free_guidance=False)[0]
+
+
+def plain(tiny_folder) -> StableDiffusionPipeline:
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def gradients(backbone):
+    """Gradients of what trains, by name, and clear them."""
+    found = {name: p.grad.clone() for name, p in backbone.named_parameters() if p.grad is not None}
+    backbone.zero_grad()
+    return found
+
+
+    generator = torch.Generator().manual_seed(2)
+    for parameter in module.parameters():
+        parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
+
+
+    x, t, conditioning = inputs(trained_backbone)
+    cond = trained_backbone.unet(x, t, embed(trained_backbone.pipeline, ["a cat", "a dog", "a dog"])).sample
+    uncond = trained_backbone.unet(x, t, embed(trained_backbone.pipeline, [""] * 3)).sample
+    assert (cond - uncond).abs().max() > 1e-3  # guidance matters at all
+    torch.testing.assert_close(
+        trained_backbone(x, t, conditioning), uncond + 2.0 * (cond - uncond), rtol=1e-4, atol=1e-5
+    )
+
+
+    backbone = StableDiffusionBackbone(tiny_pipeline(tmp_path), lora=LORA, guidance_scale=1.0)
+    rows = []
+    backbone.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    x, t, conditioning = inputs(backbone)
+    out = backbone(x, t, conditioning)
+    assert rows == [3]
+    expected = backbone.unet(x, t, embed(backbone.pipeline, ["a cat", "a dog", "a dog"])).sample
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("lora", [LORA, None])
+def test_the_reference_is_the_pretrained_network(lora, tiny_folder):
+    pretrained = UNet2DConditionModel.from_pretrained(tiny_folder / "unet").eval()
+    backbone = StableDiffusionBackbone.from_pretrained(tiny_folder, lora=lora, guidance_scale=1.0, channels_last=False)
+    x, t, conditioning = inputs(backbone)
+    with torch.no_grad():
+        expected = pretrained(x, t, conditioning["encoder_hidden_states"]).sample
+        torch.testing.assert_close(backbone(x, t, conditioning), expected, rtol=0, atol=0)  # nothing is trained yet
+    perturb_trainable(backbone)
+    trainable = {name for name, p in backbone.named_parameters() if p.requires_grad}
+    before = backbone(x, t, conditioning)
+    assert (before - expected).abs().max() > 1e-3
+    with backbone.reference():
+        out = backbone(x, t, conditioning)
+        assert torch.equal(out, expected)
+    assert torch.equal(backbone(x, t, conditioning), before)
+    # A gradient of the policy's output from before the reference was asked for is not lost either.
+    before.sum().backward()
+    late = gradients(backbone)
+    backbone(x, t, conditioning).sum().backward()
+    after = gradients(backbone)
+    assert late.keys() == after.keys() == trainable == {n for n, p in backbone.named_parameters() if p.requires_grad}
+    for name in after:
+        torch.testing.assert_close(late[name], after[name])
+    assert any(gradient.abs().max() > 0 for gradient in after.values())
+
+
+    generator = torch.Generator().manual_seed(2)
+    for parameter in backbone.parameters():
+        if parameter.requires_grad:
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+@pytest.mark.parametrize("lora", [LORA, None])
+def test_the_policy_returns_when_the_reference_fails_or_is_nested(lora, tmp_path):
+    backbone = StableDiffusionBackbone(tiny_pipeline(tmp_path), lora=lora, guidance_scale=1.0)
+    x, t, conditioning = inputs(backbone)
+    with torch.no_grad():
+        pretrained = backbone(x, t, conditioning)
+        perturb_trainable(backbone)
+        trained = backbone(x, t, conditioning)
+        with pytest.raises(KeyError), backbone.reference():
+            raise KeyError
+        assert torch.equal(backbone(x, t, conditioning), trained)
+        with backbone.reference():
+            with backbone.reference():
+                assert torch.equal(backbone(x, t, conditioning), pretrained)
+            assert torch.equal(backbone(x, t, conditioning), pretrained)
+        assert torch.equal(backbone(x, t, conditioning), trained)
+
+
+def test_decode_is_the_vaes_and_has_gradients(backbone):
+    vae = backbone.pipeline.vae
+    x = torch.randn(5, *backbone.latent_shape).requires_grad_()
+    images = backbone.decode(x)
+    expected = (vae.decode(x / vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
+    assert images.shape == (5, 3, 16, 16)
+    torch.testing.assert_close(images, expected)
+    # What a user sees: diffusers' own post-processing.
+    seen = backbone.pipeline.image_processor.postprocess(
+        vae.decode(x.detach() / vae.config.scaling_factor).sample, output_type="pt"
+    )
+    torch.testing.assert_close(images.detach(), seen)
+    (given,) = torch.autograd.grad(images.square().sum(), x)
+    (wanted,) = torch.autograd.grad(expected.square().sum(), x)
+    torch.testing.assert_close(given, wanted)
+    assert given.abs().max() > 0
+    for chunk in (1, 2, 5, 100):
+        torch.testing.assert_close(backbone.decode(x, chunk=chunk), images, rtol=1e-5, atol=1e-6)
+    assert all(p.grad is None for p in vae.parameters())
+
+
+def test_only_the_unet_is_in_the_parameters(backbone, tmp_path):
+    assert {id(p) for p in backbone.parameters()} == {id(p) for p in backbone.unet.parameters()}
+    assert all(("lora" in name) == p.requires_grad for name, p in backbone.named_parameters())
+    full = StableDiffusionBackbone(tiny_pipeline(tmp_path))
+    assert {id(p) for p in full.parameters()} == {id(p) for p in full.unet.parameters()}
+    assert all(p.requires_grad for p in full.parameters())
+    for part in (full.pipeline.vae, full.pipeline.text_encoder, full._reference[0]):
+        assert not any(p.requires_grad for p in part.parameters())
+        assert not part.training
+
+
+def test_lora_reaches_exactly_its_targets(backbone):
+    config = backbone.unet.peft_config["policy"]
+    assert (config.r, config.lora_alpha) == (3, 5.0)
+    adapted = {name.split(".lora_")[0] for name, _ in backbone.named_parameters() if ".lora_" in name}
+    names = [name.removesuffix(".base_layer") for name, m in backbone.named_modules() if hasattr(m, "weight")]
+    ends = ("to_q", "to_k", "to_v", "to_out.0", "conv1")
+    assert adapted == {name for name in names if name.endswith(tuple(f".{end}" for end in ends)) and "lora" not in name}
+
+
+    x, t, _ = inputs(trained_backbone)
+    states = embed(trained_backbone.pipeline, ["a cat", "a dog", "a dog"])
+    expected = trained_backbone.unet(x, t, states).sample
+    trained_backbone.save(tmp_path / "lora")
+    pipeline = plain(tiny_folder)
+    untrained = pipeline.unet(x, t, states).sample
+    pipeline.load_lora_weights(tmp_path / "lora")
+    torch.testing.assert_close(pipeline.unet(x, t, states).sample, expected, rtol=1e-5, atol=1e-6)
+    assert (untrained - expected).abs().max() > 1e-2
+
+
+    backbone = StableDiffusionBackbone(tiny_pipeline(tmp_path), guidance_scale=1.0)
+    perturb_trainable(backbone)
+    backbone.save(tmp_path / "unet")
+    loaded = UNet2DConditionModel.from_pretrained(tmp_path / "unet")
+    x, t, conditioning = inputs(backbone)
+    assert torch.equal(loaded(x, t, conditioning["encoder_hidden_states"]).sample, backbone(x, t, conditioning))
+    with backbone.reference():  # and what was saved is not the reference
+        assert not torch.equal(
+            loaded(x, t, conditioning["encoder_hidden_states"]).sample, backbone(x, t, conditioning)
+        )
+
+
+def test_bfloat16_keeps_what_trains_in_float32(tiny_folder):
+    lora = LoRA(rank=3, alpha=5.0, targets=("to_q", "conv1"))
+    half = StableDiffusionBackbone.from_pretrained(tiny_folder, dtype="bfloat16", lora=lora, guidance_scale=2.0)
+    full = StableDiffusionBackbone.from_pretrained(tiny_folder, lora=lora, guidance_scale=2.0)
+    for name, parameter in half.named_parameters():
+        assert parameter.dtype == (torch.float32 if parameter.requires_grad else torch.bfloat16), name
+    half.load_state_dict({k: v for k, v in full.state_dict().items() if "lora" in k}, strict=False)
+    perturb_trainable(half)
+    perturb_trainable(full)
+    x, t, conditioning = inputs(half)
+    out = half(x, t, conditioning)
+    assert out.dtype == torch.float32
+    expected = full(*inputs(full))
+    assert (out - expected).norm() / expected.norm() < 0.05  # bfloat16 has three digits
+    out.square().mean().backward()
+    expected.square().mean().backward()
+    ours, exact = gradients(half), gradients(full)
+    assert ours.keys() == exact.keys()
+    assert all(gradient.dtype == torch.float32 for gradient in ours.values())
+    a, b = (torch.cat([g[name].flatten() for name in exact]) for g in (ours, exact))
+    assert torch.cosine_similarity(a, b, dim=0) > 0.95
+    assert half.decode(x).dtype == torch.float32
+
+
+def test_gradient_checkpointing_recomputes_and_changes_nothing(tiny_folder):
+    """Diffusers asks for gradients to be enabled, not for training mode."""
+    results, calls = [], []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        backbone = StableDiffusionBackbone.from_pretrained(
+            tiny_folder, lora=LORA, guidance_scale=2.0, gradient_checkpointing=checkpointing
+        )
+        assert not backbone.unet.training
+        perturb_trainable(backbone)
+        counted = []
+        backbone.unet.mid_block.resnets[0].register_forward_hook(lambda *_, c=counted: c.append(1))
+        out = backbone(*inputs(backbone))
+        out.square().mean().backward()
+        calls.append(len(counted))
+        results.append((out.detach(), gradients(backbone)))
+    for name, gradient in results[0][1].items():
+        torch.testing.assert_close(gradient, results[1][1][name], rtol=1e-5, atol=1e-7)
+    assert torch.equal(results[0][0], results[1][0])
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+    """The whole chain: the same first noise, the same seed, the same images as `pipe(...)`."""
+    steps = 5
+    pipeline = tiny_pipeline(tmp_path, prediction_type=prediction_type)
+    pipeline.set_progress_bar_config(disable=True)
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(11))
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    generator = torch.Generator().manual_seed(12)
+    settings = {"guidance_scale": 4.0, "num_inference_steps": steps, "eta": 1.0, "output_type": "latent"}
+    expected = pipeline(PROMPTS, latents=latents.clone(), generator=generator, **settings).images
+
+    backbone = StableDiffusionBackbone(pipeline, guidance_scale=4.0, lora=LORA)
+    policy = make_policy(backbone, backbone.sampler(steps), backbone.conditioning(PROMPTS))
+    env = DenoisingEnv(backbone, steps, lambda images, _: images.mean((1, 2, 3)), PROMPTS, batch_size=2)
+    state = env.reset(TensorDict({"latents": latents, "prompt_id": torch.tensor([[0], [1]])}, [2]))
+    torch.manual_seed(12)
+    with set_exploration_type(ExplorationType.RANDOM):
+        data = env.rollout(steps, policy, auto_reset=False, tensordict=state)
+    torch.testing.assert_close(data["action"][:, -1], expected, rtol=1e-4, atol=1e-4)
+    assert (expected - latents).abs().max() > 0.1
+    images = (pipeline.vae.decode(expected / pipeline.vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(data["next", "reward"][:, -1, 0], images.mean((1, 2, 3)), rtol=1e-4, atol=1e-5)
+
+
+def test_what_cannot_train_is_refused(tiny_folder, tmp_path):
+    with pytest.raises(ValueError, match="guidance_scale is 0.5; it must be at least 1"):
+        StableDiffusionBackbone(tiny_pipeline(tmp_path), guidance_scale=0.5)
+    with pytest.raises(ValueError, match="layer of the UNet is called 'to_z'"):
+        StableDiffusionBackbone(tiny_pipeline(tmp_path), lora=LoRA(targets=("to_q", "to_z")))
+    with pytest.raises(ValueError, match="choose one of float32, bfloat16, float16"):
+        StableDiffusionBackbone.from_pretrained(tiny_folder, dtype="float64", lora=LORA)
+    with pytest.raises(ValueError, match="full fine-tuning in bfloat16 loses small updates"):
+        StableDiffusionBackbone.from_pretrained(tiny_folder, dtype="bfloat16")
+    for wrong in ({"rank": 0}, {"alpha": 0.0}, {"targets": ()}):
+        with pytest.raises(ValueError, match="LoRA needs"):
+            LoRA(**wrong)
