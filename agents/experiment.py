@@ -97,9 +97,9 @@ class Experiment:
         return before, after
 
     def _prepared(self, rollout: TensorDictBase) -> TensorDictBase:
-        for step in (*self.prepare, self.advantage):
+        for step in self.prepare:
             rollout = step(rollout)
-        return rollout
+        return self.advantage(rollout)
 
 
 def summary(before: Evaluation, after: Evaluation, folder: RunFolder) -> str:

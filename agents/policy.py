@@ -9,9 +9,12 @@ from tensordict import TensorDict
 from tensordict.nn import InteractionType, TensorDictModule
 from torch import Size, Tensor, nn
 from torch.distributions import Distribution
+from torch.distributions.constraints import Constraint
 from torchrl.modules import ProbabilisticActor
 
 from diffusion_env import ConditioningCache, DDIMSampler, Reduction, normal_log_prob
+
+NO_SAMPLES = Size()
 
 
 class Backbone(Protocol):
@@ -34,7 +37,7 @@ class DenoisingNormal(Distribution):
     `scale` is 0 a step is deterministic: it is sampled as its mean and has no density.
     """
 
-    arg_constraints: dict[str, object] = {}
+    arg_constraints: dict[str, Constraint] = {}
     has_rsample = True
 
     def __init__(
@@ -61,9 +64,9 @@ class DenoisingNormal(Distribution):
         """The standard deviation, broadcasting over the latent."""
         return self.scale
 
-    def rsample(self, sample_shape: Size | None = None) -> Tensor:
+    def rsample(self, sample_shape: Size | list[int] | tuple[int, ...] = NO_SAMPLES) -> Tensor:
         """Mean + scale * noise, the noise drawn as diffusers' schedulers draw it, so that one seed serves both."""
-        shape = (*(sample_shape or ()), *self.loc.shape)
+        shape = (*sample_shape, *self.loc.shape)
         return self.loc + self.scale * torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
 
     def log_prob(self, value: Tensor) -> Tensor:

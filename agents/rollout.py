@@ -30,9 +30,10 @@ def share_latents(rollout: TensorDictBase) -> TensorDictBase:
     """The collector's `postproc`: T + 1 latents a trajectory instead of 2 T.
 
     A state's `latents` are the action before it, so one tensor [B, T + 1, *latent] holds both; the returned [B, T]
-    TensorDict's `latents` and `action` are views of it. Whatever no loss reads (`loc`, `scale`) is dropped.
+    TensorDict's `latents` and `action` are views of it and nothing else is shared with `rollout`. Whatever no loss
+    reads (`loc`, `scale`) is dropped.
     """
-    kept = rollout.select(*KEPT_KEYS, strict=False)
+    kept = rollout.select(*KEPT_KEYS, strict=False).exclude("latents", "action").clone()
     trajectory = torch.cat([rollout["latents"], rollout["action"][:, -1:]], 1)
     return kept.update({"latents": trajectory[:, :-1], "action": trajectory[:, 1:]})
 
@@ -91,6 +92,7 @@ def make_collector(env: DenoisingEnv, policy: ProbabilisticActor, *, iterations:
         total_frames=frames * iterations,
         postproc=share_latents,
         compact_obs=True,
+        return_same_td=True,  # otherwise it clones after `postproc`, and each latent is there twice again
         auto_register_policy_transforms=False,
     )
 

@@ -6,6 +6,7 @@ Nothing outside this file knows what a pipeline's conditioning consists of or wh
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from .samplers import DDIMSampler
 # Importing the pipeline makes transformers log that image processors, which nobody uses here, lack torchvision.
 _verbosity = transformers_logging.get_verbosity()
 transformers_logging.set_verbosity_error()
-from diffusers import StableDiffusionPipeline  # noqa: E402
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel  # noqa: E402
 
 transformers_logging.set_verbosity(_verbosity)
 
@@ -81,6 +82,7 @@ class StableDiffusionBackbone(nn.Module):
         self._pipeline = (pipeline,)  # a tuple hides it from nn.Module: its frozen parts are no policy parameters
         for part in (pipeline.vae, pipeline.text_encoder, self.unet):
             part.requires_grad_(False).eval()
+        self._references = 0  # contexts of `reference` entered
         self._reference: tuple[nn.Module, ...] = ()
         if lora is None:
             self._reference = (copy.deepcopy(self.unet),)
@@ -122,6 +124,8 @@ class StableDiffusionBackbone(nn.Module):
             raise ValueError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
         if lora is None and dtype != "float32":
             raise ValueError(f"full fine-tuning in {dtype} loses small updates; use dtype='float32' or LoRA")
+        # diffusers notes that a text encoder is not CLIP's; only its token states are used, so it need not be.
+        logging.getLogger("diffusers.pipelines.pipeline_utils").addFilter(_is_no_type_note)
         pipeline = StableDiffusionPipeline.from_pretrained(
             str(model), dtype=DTYPES[dtype], safety_checker=None, requires_safety_checker=False
         ).to(device)
@@ -196,11 +200,14 @@ class StableDiffusionBackbone(nn.Module):
     def reference(self) -> Iterator[None]:
         """Within this context `forward` is the pretrained network: adapter off, or the frozen copy."""
         if self.lora is not None:
+            self._references += 1
             self.unet.disable_adapters()
             try:
                 yield
             finally:
-                self.unet.enable_adapters()
+                self._references -= 1
+                if not self._references:  # a context within this one leaves the adapter off
+                    self.unet.enable_adapters()
         else:
             trained, self.unet = self.unet, self._reference[0]
             try:
@@ -224,7 +231,11 @@ class StableDiffusionBackbone(nn.Module):
         return self.unet.peft_config[ADAPTER].to_dict()
 
 
-def _add_lora(unet: nn.Module, lora: LoRA) -> None:
+def _is_no_type_note(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("Expected types for text_encoder")
+
+
+def _add_lora(unet: UNet2DConditionModel, lora: LoRA) -> None:
     names = [name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     for target in lora.targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):

@@ -74,14 +74,17 @@ class ConditioningCache:
         for i in ids:
             if i in self._slots:
                 self._slots.move_to_end(i)
-        for i in missing:
-            slot = len(self._slots)
-            if slot == capacity:
-                evicted, slot = self._slots.popitem(last=False)
-                self._slot_of_id[evicted] = -1
-            self._slots[i] = slot
         for start in range(0, len(missing), 64):  # bounds the text encoder's activations
             chunk = missing[start : start + 64]
-            slots = torch.tensor([self._slots[i] for i in chunk], device=self._slot_of_id.device)
-            self._table[slots] = self._encode([self.prompts[i] for i in chunk])
+            encoded = self._encode([self.prompts[i] for i in chunk])  # first: if it fails, nothing has changed
+            slots = torch.tensor([self._free_slot(i) for i in chunk], device=self._slot_of_id.device)
+            self._table[slots] = encoded
             self._slot_of_id[torch.tensor(chunk, device=slots.device)] = slots
+
+    def _free_slot(self, i: int) -> int:
+        slot = len(self._slots)
+        if slot == self._table.batch_size[0]:
+            evicted, slot = self._slots.popitem(last=False)
+            self._slot_of_id[evicted] = -1
+        self._slots[i] = slot
+        return slot

@@ -38,20 +38,32 @@ def gradients(backbone):
     return found
 
 
+@torch.no_grad()
+def train_a_little(backbone):
+    """Stands for training: random changes of what trains."""
     generator = torch.Generator().manual_seed(2)
-    for parameter in module.parameters():
-        parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
+    for parameter in backbone.parameters():
+        if parameter.requires_grad:
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
 
 
+def test_guidance_combines_two_calls_of_the_network(trained_backbone):
     x, t, conditioning = inputs(trained_backbone)
+    out = trained_backbone(x, t, conditioning)
+    out.square().sum().backward()
+    ours = gradients(trained_backbone)
     cond = trained_backbone.unet(x, t, embed(trained_backbone.pipeline, ["a cat", "a dog", "a dog"])).sample
     uncond = trained_backbone.unet(x, t, embed(trained_backbone.pipeline, [""] * 3)).sample
     assert (cond - uncond).abs().max() > 1e-3  # guidance matters at all
-    torch.testing.assert_close(
-        trained_backbone(x, t, conditioning), uncond + 2.0 * (cond - uncond), rtol=1e-4, atol=1e-5
-    )
+    expected = uncond + 2.0 * (cond - uncond)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+    expected.square().sum().backward()
+    for name, gradient in gradients(trained_backbone).items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-3, atol=1e-4)
 
 
+@torch.no_grad()
+def test_guidance_1_is_one_call_of_the_network(tmp_path):
     backbone = StableDiffusionBackbone(tiny_pipeline(tmp_path), lora=LORA, guidance_scale=1.0)
     rows = []
     backbone.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
@@ -70,7 +82,7 @@ def test_the_reference_is_the_pretrained_network(lora, tiny_folder):
     with torch.no_grad():
         expected = pretrained(x, t, conditioning["encoder_hidden_states"]).sample
         torch.testing.assert_close(backbone(x, t, conditioning), expected, rtol=0, atol=0)  # nothing is trained yet
-    perturb_trainable(backbone)
+    train_a_little(backbone)
     trainable = {name for name, p in backbone.named_parameters() if p.requires_grad}
     before = backbone(x, t, conditioning)
     assert (before - expected).abs().max() > 1e-3
@@ -89,19 +101,13 @@ def test_the_reference_is_the_pretrained_network(lora, tiny_folder):
     assert any(gradient.abs().max() > 0 for gradient in after.values())
 
 
-    generator = torch.Generator().manual_seed(2)
-    for parameter in backbone.parameters():
-        if parameter.requires_grad:
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-
-
 @pytest.mark.parametrize("lora", [LORA, None])
 def test_the_policy_returns_when_the_reference_fails_or_is_nested(lora, tmp_path):
     backbone = StableDiffusionBackbone(tiny_pipeline(tmp_path), lora=lora, guidance_scale=1.0)
     x, t, conditioning = inputs(backbone)
     with torch.no_grad():
         pretrained = backbone(x, t, conditioning)
-        perturb_trainable(backbone)
+        train_a_little(backbone)
         trained = backbone(x, t, conditioning)
         with pytest.raises(KeyError), backbone.reference():
             raise KeyError
@@ -154,6 +160,8 @@ def test_lora_reaches_exactly_its_targets(backbone):
     assert adapted == {name for name in names if name.endswith(tuple(f".{end}" for end in ends)) and "lora" not in name}
 
 
+@torch.no_grad()
+def test_saved_lora_in_plain_diffusers_is_the_same_network(trained_backbone, tiny_folder, tmp_path):
     x, t, _ = inputs(trained_backbone)
     states = embed(trained_backbone.pipeline, ["a cat", "a dog", "a dog"])
     expected = trained_backbone.unet(x, t, states).sample
@@ -165,16 +173,16 @@ def test_lora_reaches_exactly_its_targets(backbone):
     assert (untrained - expected).abs().max() > 1e-2
 
 
+@torch.no_grad()
+def test_saved_full_network_loads_in_plain_diffusers(tmp_path):
     backbone = StableDiffusionBackbone(tiny_pipeline(tmp_path), guidance_scale=1.0)
-    perturb_trainable(backbone)
+    train_a_little(backbone)
     backbone.save(tmp_path / "unet")
     loaded = UNet2DConditionModel.from_pretrained(tmp_path / "unet")
     x, t, conditioning = inputs(backbone)
     assert torch.equal(loaded(x, t, conditioning["encoder_hidden_states"]).sample, backbone(x, t, conditioning))
     with backbone.reference():  # and what was saved is not the reference
-        assert not torch.equal(
-            loaded(x, t, conditioning["encoder_hidden_states"]).sample, backbone(x, t, conditioning)
-        )
+        assert not torch.equal(loaded(x, t, conditioning["encoder_hidden_states"]).sample, backbone(x, t, conditioning))
 
 
 def test_bfloat16_keeps_what_trains_in_float32(tiny_folder):
@@ -184,8 +192,8 @@ def test_bfloat16_keeps_what_trains_in_float32(tiny_folder):
     for name, parameter in half.named_parameters():
         assert parameter.dtype == (torch.float32 if parameter.requires_grad else torch.bfloat16), name
     half.load_state_dict({k: v for k, v in full.state_dict().items() if "lora" in k}, strict=False)
-    perturb_trainable(half)
-    perturb_trainable(full)
+    train_a_little(half)
+    train_a_little(full)
     x, t, conditioning = inputs(half)
     out = half(x, t, conditioning)
     assert out.dtype == torch.float32
@@ -201,28 +209,31 @@ def test_bfloat16_keeps_what_trains_in_float32(tiny_folder):
     assert half.decode(x).dtype == torch.float32
 
 
-def test_gradient_checkpointing_recomputes_and_changes_nothing(tiny_folder):
-    """Diffusers asks for gradients to be enabled, not for training mode."""
-    results, calls = [], []
+def test_gradient_checkpointing_recomputes_and_changes_nothing(tmp_path):
+    """In evaluation mode too, in which the network always is: diffusers asks only whether gradients are enabled."""
+    outputs, found, calls = [], [], []
     for checkpointing in (False, True):
-        torch.manual_seed(0)
-        backbone = StableDiffusionBackbone.from_pretrained(
-            tiny_folder, lora=LORA, guidance_scale=2.0, gradient_checkpointing=checkpointing
-        )
+        backbone = StableDiffusionBackbone(tiny_pipeline(tmp_path), lora=LORA, gradient_checkpointing=checkpointing)
         assert not backbone.unet.training
-        perturb_trainable(backbone)
-        counted = []
-        backbone.unet.mid_block.resnets[0].register_forward_hook(lambda *_, c=counted: c.append(1))
+        train_a_little(backbone)
+        count = []
+        # Before the call: recomputation stops early, as soon as it has what the backward pass needs.
+        backbone.unet.up_blocks[0].resnets[0].register_forward_pre_hook(lambda *_, count=count: count.append(1))
         out = backbone(*inputs(backbone))
         out.square().mean().backward()
-        calls.append(len(counted))
-        results.append((out.detach(), gradients(backbone)))
-    for name, gradient in results[0][1].items():
-        torch.testing.assert_close(gradient, results[1][1][name], rtol=1e-5, atol=1e-7)
-    assert torch.equal(results[0][0], results[1][0])
+        outputs.append(out)
+        found.append(gradients(backbone))
+        calls.append(len(count))
+    assert calls == [1, 2]
+    assert torch.equal(*outputs)
+    assert found[0].keys() == found[1].keys() == {n for n, p in backbone.named_parameters() if p.requires_grad}
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name], rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@torch.no_grad()
+def test_sampling_equals_plain_diffusers(prediction_type, tmp_path):
     """The whole chain: the same first noise, the same seed, the same images as `pipe(...)`."""
     steps = 5
     pipeline = tiny_pipeline(tmp_path, prediction_type=prediction_type)
