@@ -72,9 +72,9 @@ class SamplingSettings:
 class TrainingSettings:
     """How the policy is improved."""
 
-    iterations: int = 52
+    iterations: int = 48
     """Rounds of sampling and updating."""
-    learning_rate: float = 3e-3
+    learning_rate: float = 2e-3
     """AdamW's, constant."""
     weight_decay: float = 1e-4
     """AdamW's."""
@@ -87,7 +87,7 @@ class TrainingSettings:
     skipped_last_steps: int = 1
     """Final steps that never train. With few steps the last has a tiny standard deviation: it hardly changes the image,
     yet the noise of its gradient, which grows as 1 / std, drowns the others'."""
-    updates_per_epoch: int = 4
+    updates_per_epoch: int = 2
     """Optimiser steps in one pass over the chosen transitions."""
     epochs: int = 1
     """Passes over a batch of trajectories."""
@@ -132,7 +132,7 @@ class RunSettings:
     """The run folder; a number is appended when it holds a run already."""
     logger: Literal["csv", "tensorboard", "wandb"] = "csv"
     """TorchRL's logger that gets the metrics beside metrics.csv."""
-    evaluate_every: int = 13
+    evaluate_every: int = 12
     """Iterations between evaluations on fixed prompts and noise."""
     evaluation_samples: int = 2
     """Images a prompt in an evaluation."""

@@ -36,7 +36,7 @@ class Phase:
 
 
 # First everything, placed freely; then mostly animals, nearly filling the picture, which settles their shapes.
-PHASES = (Phase(1300, (0.75, 1.0), 0.45, 40, 6), Phase(1700, (0.94, 1.0), 0.7, 16, 3))
+PHASES = (Phase(1300, (0.75, 1.0), 0.45, 40, 6), Phase(2200, (0.94, 1.0), 0.75, 16, 3))
 
 
 def build_scheduler() -> DDIMScheduler:
