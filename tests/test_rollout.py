@@ -33,11 +33,7 @@ def buffer_of(trajectories, length, sampler, batch_size):
 
 def one_pass(buffer):
     """The (trajectory, step) pairs of one pass, in the order they came."""
-    return [
-        pair
-        for part in buffer
-        for pair in zip(part["trajectory"].tolist(), part["step"].tolist(), strict=True)
-    ]
+    return [pair for part in buffer for pair in zip(part["trajectory"].tolist(), part["step"].tolist(), strict=True)]
 
 
 def test_share_latents_stores_each_latent_once(backbone):
