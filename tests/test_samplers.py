@@ -8,15 +8,8 @@ from diffusers import DDIMScheduler
 from torch.distributions import Normal
 
 from diffusion_env.samplers import DDIMSampler, normal_log_prob
+from tests.tiny import SCHEDULE as STABLE_DIFFUSION
 
-STABLE_DIFFUSION = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-}
 GRID = list(
     itertools.product(
         (1, 2, 7, 10, 50),
