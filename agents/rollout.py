@@ -11,7 +11,7 @@ from torchrl.collectors import Collector
 from torchrl.data import SamplerWithoutReplacement, Storage
 from torchrl.modules import ProbabilisticActor
 
-from diffusion_env import DenoisingEnv
+from diffusion_env import DDIMSampler, DenoisingEnv
 
 KEPT_KEYS = (
     "latents",
@@ -47,16 +47,14 @@ class TransitionSampler(SamplerWithoutReplacement):
     """
 
     def __init__(self, steps: Sequence[int], fraction: float = 1.0) -> None:
-        """Choose among `steps`, the decisions that may train (those with a density).
+        """Choose among `steps`, the decisions that may train (see `trainable_steps`).
 
         Raises:
             ValueError: nothing would be trained.
         """
         super().__init__()
         if not len(steps):
-            raise ValueError(
-                "no step of this schedule has a density, so there is no log-probability to train; raise `eta` above 0"
-            )
+            raise ValueError("there are no steps to train; give at least one, see `trainable_steps`")
         if not 0 < fraction <= 1:
             raise ValueError(f"timestep_fraction is {fraction}; it must lie in (0, 1]")
         self._steps = torch.as_tensor(steps)
@@ -77,9 +75,19 @@ class TransitionSampler(SamplerWithoutReplacement):
         self._remaining_batches = -(len(chosen) // -batch_size)
 
 
-def trainable_steps(has_density: Tensor) -> list[int]:
-    """Indices of the decisions with a density."""
-    return has_density.nonzero().flatten().tolist()
+def trainable_steps(sampler: DDIMSampler, min_std: float = 0.0) -> list[int]:
+    """Indices of the decisions with a density whose standard deviation is at least `min_std`.
+
+    Raises:
+        ValueError: none is left.
+    """
+    steps = [i for i, std in enumerate(sampler.std.tolist()) if std > 0 and std >= min_std]
+    if not steps:
+        raise ValueError(
+            f"no step of this schedule has a standard deviation above 0 and of at least {min_std}; the largest is "
+            f"{sampler.std.max().item():.3g}. Lower min_step_std, or raise eta"
+        )
+    return steps
 
 
 def make_collector(env: DenoisingEnv, policy: ProbabilisticActor, *, iterations: int) -> Collector:

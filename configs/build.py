@@ -61,8 +61,6 @@ def build_experiment(settings: RunSettings) -> Experiment:
     policy = make_policy(
         backbone, sampler, backbone.conditioning(prompts), log_prob_reduction=training.log_prob_reduction
     )
-    last = sampling.num_steps - training.skipped_last_steps
-    steps = [step for step in trainable_steps(sampler.has_density) if step < last]
     env = DenoisingEnv(
         backbone,
         sampling.num_steps,
@@ -82,7 +80,7 @@ def build_experiment(settings: RunSettings) -> Experiment:
         evaluator=Evaluator(evaluation_env, samples_per_prompt=settings.evaluation_samples),
         advantage=PromptAdvantage(buffer_size=training.advantage_buffer, min_count=training.advantage_min_count),
         prepare=[RecomputeLogProb(policy, training.micro_batch)] if training.recompute_log_prob else [],
-        sampler=TransitionSampler(steps, training.timestep_fraction),
+        sampler=TransitionSampler(trainable_steps(sampler, training.min_step_std), training.timestep_fraction),
         iterations=training.iterations,
         learning_rate=training.learning_rate,
         weight_decay=training.weight_decay,

@@ -40,7 +40,7 @@ def sd15() -> RunSettings:
             learning_rate=3e-4,
             clip_range=1e-4,
             timestep_fraction=1.0,
-            skipped_last_steps=0,
+            min_step_std=0.0,
             updates_per_epoch=2,
             micro_batch=4,
             advantage_min_count=16,

@@ -84,11 +84,11 @@ class TrainingSettings:
     """'mean' over the latent's elements as in DDPO's code, or the true 'sum'."""
     timestep_fraction: float = 0.5
     """Share of each trajectory's steps that train, drawn anew each time."""
-    skipped_last_steps: int = 1
-    """Final steps that never train. With few steps the last has a tiny standard deviation: it hardly changes the image,
+    min_step_std: float = 0.05
+    """Steps whose noise has a smaller standard deviation never train. The last of a few steps hardly changes the image,
     yet the noise of its gradient, which grows as 1 / std, drowns the others'."""
     updates_per_epoch: int = 2
-    """Optimiser steps in one pass over the chosen transitions."""
+    """Optimiser steps in one pass over the chosen transitions; fewer where these do not divide."""
     epochs: int = 1
     """Passes over a batch of trajectories."""
     micro_batch: int = 128
@@ -108,6 +108,7 @@ class TrainingSettings:
             _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         for name in ("learning_rate", "clip_range", "max_grad_norm"):
             _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be above 0")
+        _require(self.min_step_std >= 0, f"min_step_std={self.min_step_std} must be at least 0")
         _require(0 < self.timestep_fraction <= 1, f"timestep_fraction={self.timestep_fraction} must lie in (0, 1]")
         _require(
             1 <= self.advantage_min_count <= self.advantage_buffer,
@@ -144,13 +145,7 @@ class RunSettings:
         """Refuse what does not fit together."""
         _require(self.evaluate_every >= 1, f"evaluate_every={self.evaluate_every} must be at least 1")
         _require(self.evaluation_samples >= 1, f"evaluation_samples={self.evaluation_samples} must be at least 1")
-        candidates = self.sampling.num_steps - self.training.skipped_last_steps
-        _require(
-            candidates >= 1 and self.training.skipped_last_steps >= 0,
-            f"skipped_last_steps={self.training.skipped_last_steps} must be at least 0 and leave one of "
-            f"num_steps={self.sampling.num_steps} to train",
-        )
-        steps = max(1, round(self.training.timestep_fraction * candidates))
+        steps = max(1, round(self.training.timestep_fraction * self.sampling.num_steps))
         transitions = steps * self.sampling.images_per_iteration
         _require(
             transitions >= self.training.updates_per_epoch,

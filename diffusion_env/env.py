@@ -116,12 +116,16 @@ class DenoisingEnv(EnvBase):
             self._generator.manual_seed(seed)
 
     def _reset(self, tensordict: TensorDictBase | None, **_: object) -> TensorDictBase:
-        """Draw prompts and first noise, or take `prompt_id` and `latents` from `tensordict` where it has them."""
+        """Draw prompts and first noise, or take `prompt_id` and `latents` from `tensordict` where it has them.
+
+        Raises:
+            ValueError: what was given has the wrong shape or names no prompt.
+        """
         given = TensorDict({}) if tensordict is None else tensordict
         prompt_id = given.get("prompt_id", None)
         latents = given.get("latents", None)
         prompt_id = self._draw_prompts() if prompt_id is None else self._checked_prompts(prompt_id)
-        latents = self._draw_noise() if latents is None else latents.to(torch.float32)
+        latents = self._draw_noise() if latents is None else self._checked_latents(latents)
         groups = self.batch_size[0] // self.samples_per_prompt
         group_id = torch.arange(self._groups_drawn, self._groups_drawn + groups, device=self.device)
         self._groups_drawn += groups
@@ -164,6 +168,15 @@ class DenoisingEnv(EnvBase):
                 f"{self.samples_per_prompt} times in a row; got {prompt_id.flatten().tolist()}"
             )
         return prompt_id
+
+    def _checked_latents(self, latents: Tensor) -> Tensor:
+        expected = self.observation_spec["latents"].shape
+        if latents.shape != expected:
+            raise ValueError(
+                f"latents given to reset have shape {tuple(latents.shape)}, expected {tuple(expected)}: one first "
+                "noise for each element of the batch"
+            )
+        return latents.to(torch.float32)
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
         latents = tensordict["action"]

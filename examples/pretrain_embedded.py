@@ -9,13 +9,17 @@ The results go to `diffusion_env/embedded/`, `rewards/` and `examples/pretrainin
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 import tyro
 
+from examples.pretraining import heads, judge
+from examples.pretraining.captioned import Mixture
 from examples.pretraining.emoji import load_drawings
-from examples.pretraining.unet import PHASES, build_scheduler, train_unet
+from examples.pretraining.unet import build_scheduler, train_unet
 from examples.pretraining.vae import psnr, train_vae
 
 ROOT = Path(__file__).parent.parent
@@ -29,23 +33,36 @@ class Settings:
     """Where drawings, latents and checkpoints are kept."""
     output: Path = ROOT / "diffusion_env" / "embedded"
     """Where the pipeline's weights go."""
-    vae_steps: int = 2200
+    vae_steps: int = 2400
     """Optimiser steps of the autoencoder, batches of 16."""
-    unet_steps: tuple[int, int] = (PHASES[0].steps, PHASES[1].steps)
-    """Optimiser steps of the two phases of the denoiser, batches of 64."""
+    unet_steps: int = 5400
+    """Optimiser steps of the denoiser, batches of 64."""
+    mixture: Mixture = field(default_factory=Mixture)
+    """What the denoiser is shown."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """Where VAE and denoiser train."""
 
 
 def main(settings: Settings) -> None:
     """Train whatever is not there yet."""
     drawings = load_drawings(settings.cache)
-    vae = train_vae(drawings, settings.cache, steps=settings.vae_steps)
+    vae = train_vae(drawings, settings.cache, steps=settings.vae_steps, device=settings.device)
     print(f"VAE: {psnr(vae, drawings):.1f} dB on held-out drawings")
-    phases = [replace(phase, steps=steps) for phase, steps in zip(PHASES, settings.unet_steps, strict=True)]
-    unet = train_unet(drawings, vae, settings.cache, phases=phases)
+    unet = train_unet(
+        drawings, vae, settings.cache, steps=settings.unet_steps, mixture=settings.mixture, device=settings.device
+    )
     # Half precision on disk: half the size, and what is loaded is exactly what was measured.
     unet.half().save_pretrained(settings.output / "unet")
     vae.half().save_pretrained(settings.output / "vae")
     build_scheduler().save_pretrained(settings.output / "scheduler")
+    for train, weights in (
+        (heads.train_style_preference, heads.WEIGHTS),
+        (judge.train_judge, judge.WEIGHTS),
+    ):
+        trained = settings.cache / weights.name
+        if not trained.exists():
+            train(drawings, trained)
+        shutil.copyfile(trained, weights)
 
 
 if __name__ == "__main__":

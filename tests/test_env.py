@@ -171,6 +171,11 @@ def test_prompts_and_first_noise_can_be_given():
     assert only_noise["latents"].dtype == torch.float32
 
 
+def test_given_noise_of_the_wrong_shape_is_refused():
+    with pytest.raises(ValueError, match=r"latents given to reset have shape \(4, 3, 4\), expected \(4, 3, 4, 4\)"):
+        make().reset(TensorDict({"latents": torch.randn(4, *SHAPE[:-1])}, [4]))
+
+
 @pytest.mark.parametrize("same_noise", [False, True])
 def test_groups_share_prompt_and_if_asked_noise(same_noise):
     env = make(batch_size=12, samples_per_prompt=3, same_noise=same_noise)

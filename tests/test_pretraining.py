@@ -1,13 +1,16 @@
 """Pretraining code on a handful of made-up drawings: it trains, it resumes, it augments without losing colour."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
 from examples.pretraining.augment import compose, step_generator
+from examples.pretraining.captioned import COLOURS, Mixture, compose_scenes, list_scenes, training_pictures
 from examples.pretraining.emoji import Drawings
 from examples.pretraining.trainer import fit
-from examples.pretraining.unet import Phase, train_unet
+from examples.pretraining.unet import train_unet
 from examples.pretraining.vae import psnr, train_vae
 
 
@@ -66,14 +69,56 @@ def test_a_stopped_run_ends_with_the_weights_of_one_that_was_not(tmp_path):
     assert not torch.equal(whole.weight, linear().weight)
 
 
+def test_captions_say_what_is_drawn(drawings):
+    pictures = list(training_pictures(drawings, Mixture(animal_copies=40, other_copies=2), seed=0))
+    images = torch.cat([part.images for part in pictures])
+    captions = [caption for part in pictures for caption in part.captions]
+    assert len(captions) == 3 * 40 + 3 * 2, "three animals, three other things, no scene without its thing"
+    assert not any("disc 6" in caption or "disc 7" in caption for caption in captions), "those are held out"
+    styled = [caption for caption in captions if "shaded disc" in caption]
+    assert 0.1 * len(captions) < len(styled) < 0.3 * len(captions)
+    on_colour = [n for n, caption in enumerate(captions) if caption.endswith("background")]
+    assert 0.1 * len(captions) < len(on_colour) < 0.4 * len(captions)
+    for n in on_colour:
+        named = torch.tensor(COLOURS[captions[n].split()[-2]])
+        assert (images[n, :, 0, 0] - named).abs().max() <= 0.08 + 1e-6
+
+
+def test_weights_give_each_animal_the_same_share(drawings):
+    mixture = Mixture(animal_copies=3, other_copies=1, animal_share=0.6, scene_share=0.0)
+    pictures = list(training_pictures(drawings, mixture, seed=0))
+    weight = torch.cat([part.weight for part in pictures])
+    captions = [caption for part in pictures for caption in part.captions]
+    assert weight.sum().item() == pytest.approx(1)
+    for name, animal in zip(drawings.caption[:6], drawings.animal[:6], strict=True):
+        digit = name.split()[-1]
+        share = sum(w.item() for w, caption in zip(weight, captions, strict=True) if digit in caption)
+        assert share == pytest.approx(0.6 / 3 if animal >= 0 else 0.4 / 3)
+
+
+def test_a_scene_shows_animal_and_thing(drawings):
+    bicycle = dataclasses.replace(drawings, concept=np.array([*"012", "1f6b2", *"4567"]))
+    scenes = list_scenes(bicycle)
+    # Of the animals 0 (cat), 1 (dog), 2 (horse), every second takes part; 3 is held out only in `training_pictures`.
+    assert scenes == [(0, 3, "riding a bike"), (4, 3, "riding a bike")]
+    rgba = torch.from_numpy(drawings.rgba)
+    images = compose_scenes(rgba, scenes, step_generator(0, 0))
+    for image, (animal, thing, _) in zip(images, scenes, strict=True):
+        for drawing, row in ((animal, 20), (thing, 50)):
+            colour = rgba[drawing, 32, 32, :3].float() / 255
+            assert (image[:, row, 32] - colour).abs().max() < 1e-3
+    (part,) = list(training_pictures(bicycle, Mixture(1, 1, 1), seed=0))[1:]
+    assert part.captions == ["a cat riding a bike", "a horse riding a bike"]
+
+
 def test_tiny_run_of_vae_and_unet(drawings, tmp_path):
     vae = train_vae(drawings, tmp_path, steps=3, batch=2)
     assert np.isfinite(psnr(vae, drawings))
-    phases = [Phase(2, (0.75, 1.0), 0.5, 2, 1), Phase(1, (0.9, 1.0), 0.9, 1, 1)]
-    unet = train_unet(drawings, vae, tmp_path, phases=phases, batch=4)
-    data = torch.load(tmp_path / "latents-1.pt", weights_only=True)
-    assert len(data["latents"]) == 2 * 3 + 3, "three animals twice, three other drawings once, nothing held out"
+    mixture = Mixture(animal_copies=2, other_copies=1)
+    unet = train_unet(drawings, vae, tmp_path, steps=3, mixture=mixture, batch=4)
+    data = torch.load(tmp_path / "latents.pt", weights_only=True)
+    assert data["latents"].shape == (2 * 3 + 3, 32, 8, 8)
     assert 0.2 < data["latents"].float().std() < 5
-    again = train_unet(drawings, vae, tmp_path, phases=phases, batch=4)
+    again = train_unet(drawings, vae, tmp_path, steps=3, mixture=mixture, batch=4)
     for one, other in zip(unet.parameters(), again.parameters(), strict=True):
         assert torch.equal(one, other)

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from tensordict import TensorDict
 from torchrl.data import ReplayBuffer, TensorStorage
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from agents import RecomputeLogProb, TransitionSampler, make_collector, make_policy, share_latents, trainable_steps
-from diffusion_env import DenoisingEnv
+from diffusion_env import DDIMSampler, DenoisingEnv
+from tests.tiny import SCHEDULE as STABLE_DIFFUSION
 
 STEPS = 4
 PROMPTS = ("a cat", "a dog")
@@ -171,15 +173,25 @@ def test_one_sampler_serves_one_buffer_after_another():
 
 
 def test_a_sampler_without_work_is_refused():
-    with pytest.raises(ValueError, match="no step of this schedule has a density"):
+    with pytest.raises(ValueError, match="no steps to train"):
         TransitionSampler([])
     for fraction in (0.0, -0.5, 1.1):
         with pytest.raises(ValueError, match="timestep_fraction is"):
             TransitionSampler([0, 1], fraction)
 
 
-def test_trainable_steps_are_those_with_a_density():
-    assert trainable_steps(torch.tensor([True, False, True, True, False])) == [0, 2, 3]
+def test_trainable_steps_are_those_with_a_density_and_enough_noise():
+    trailing = STABLE_DIFFUSION | {"timestep_spacing": "trailing", "set_alpha_to_one": True}
+    assert trainable_steps(DDIMSampler(trailing, 4)) == [0, 1, 2], "the last step ends at alpha = 1 without noise"
+    leading = DDIMSampler(STABLE_DIFFUSION | {"steps_offset": 1}, 8)
+    scheduler = DDIMScheduler.from_config(STABLE_DIFFUSION | {"steps_offset": 1})
+    scheduler.set_timesteps(8)
+    variances = [scheduler._get_variance(t, t - 125).item() for t in scheduler.timesteps.tolist()]
+    expected = [i for i, variance in enumerate(variances) if variance >= 0.05**2]
+    assert len(expected) < 8
+    assert trainable_steps(leading, 0.05) == expected
+    with pytest.raises(ValueError, match="Lower min_step_std"):
+        trainable_steps(leading, 5.0)
 
 
 def test_recomputed_log_probs_are_the_stored_ones(trained_backbone):

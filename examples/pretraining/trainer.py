@@ -35,11 +35,12 @@ def fit(
     ema = EMAModel(model.parameters(), decay=ema_decay, use_ema_warmup=True, power=0.75)
     start = 0
     if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
+        state = torch.load(checkpoint, weights_only=True, map_location="cpu")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
         ema.load_state_dict(state["ema"])
+        ema.to(next(model.parameters()).device)
         start = state["step"]
     model.train()
     average = None
