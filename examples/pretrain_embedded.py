@@ -33,8 +33,8 @@ class Settings:
     """Where drawings, latents and checkpoints are kept."""
     output: Path = ROOT / "diffusion_env" / "embedded"
     """Where the pipeline's weights go."""
-    vae_steps: int = 2400
-    """Optimiser steps of the autoencoder, batches of 16."""
+    vae_steps: int = 4600
+    """Optimiser steps of the autoencoder, batches of 8."""
     unet_steps: int = 5400
     """Optimiser steps of the denoiser, batches of 64."""
     mixture: Mixture = field(default_factory=Mixture)

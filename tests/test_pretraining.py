@@ -117,7 +117,7 @@ def test_tiny_run_of_vae_and_unet(drawings, tmp_path):
     mixture = Mixture(animal_copies=2, other_copies=1)
     unet = train_unet(drawings, vae, tmp_path, steps=3, mixture=mixture, batch=4)
     data = torch.load(tmp_path / "latents.pt", weights_only=True)
-    assert data["latents"].shape == (2 * 3 + 3, 32, 8, 8)
+    assert data["latents"].shape == (2 * 3 + 3, 8, 16, 16)
     assert 0.2 < data["latents"].float().std() < 5
     again = train_unet(drawings, vae, tmp_path, steps=3, mixture=mixture, batch=4)
     for one, other in zip(unet.parameters(), again.parameters(), strict=True):
