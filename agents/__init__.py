@@ -1,8 +1,8 @@
 """How a denoising policy is improved: one file, one method, one paper."""
 
-from .advantage import PromptAdvantage
+from .advantage import NoiseAwareWeight, PromptAdvantage
 from .evaluation import Evaluation, Evaluator
-from .experiment import Experiment, summary
+from .experiment import Experiment, Optimisation, summary
 from .policy import DenoisingNormal, make_policy
 from .ppo import OnPolicyRatioCheck, ddpo_is_loss
 from .reinforce import ScoreFunctionLoss
@@ -15,7 +15,9 @@ __all__ = [
     "Evaluation",
     "Evaluator",
     "Experiment",
+    "NoiseAwareWeight",
     "OnPolicyRatioCheck",
+    "Optimisation",
     "PromptAdvantage",
     "RecomputeLogProb",
     "RunFolder",

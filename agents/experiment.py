@@ -30,6 +30,26 @@ class Saveable(Protocol):
 
 
 @dataclass(frozen=True)
+class Optimisation:
+    """How the policy is improved from a batch of trajectories."""
+
+    iterations: int = 48
+    """Rounds of sampling and updating."""
+    learning_rate: float = 2e-3
+    """AdamW's, constant."""
+    weight_decay: float = 1e-4
+    """AdamW's."""
+    updates_per_epoch: int = 2
+    """Optimiser steps in one pass over the chosen transitions; fewer where these do not divide."""
+    epochs: int = 1
+    """Passes over a batch of trajectories."""
+    micro_batch: int = 128
+    """Transitions that go through the network at a time; bounds memory, changes nothing else."""
+    max_grad_norm: float = 1.0
+    """The gradient's global norm is clipped to this."""
+
+
+@dataclass(frozen=True)
 class Experiment:
     """Everything of a run but the loss: swapping the method is swapping that one object."""
 
@@ -40,13 +60,7 @@ class Experiment:
     advantage: nn.Module
     prepare: Sequence[Callable[[TensorDictBase], TensorDictBase]]
     sampler: TransitionSampler
-    iterations: int
-    learning_rate: float
-    weight_decay: float
-    updates_per_epoch: int
-    epochs: int
-    micro_batch: int
-    max_grad_norm: float
+    optimisation: Optimisation
     evaluate_every: int
 
     def run(
@@ -61,7 +75,10 @@ class Experiment:
         """
         trainable = [parameter for parameter in loss.parameters() if parameter.requires_grad]
         # One kernel for all parameters instead of a loop over hundreds of small ones.
-        optimizer = torch.optim.AdamW(trainable, lr=self.learning_rate, weight_decay=self.weight_decay, fused=True)
+        settings = self.optimisation
+        optimizer = torch.optim.AdamW(
+            trainable, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+        )
         before = after = self.evaluator(self.policy)
         loop = train(
             self.collector,
@@ -69,20 +86,20 @@ class Experiment:
             optimizer,
             advantage=self._prepared,
             sampler=self.sampler,
-            updates_per_epoch=self.updates_per_epoch,
-            epochs=self.epochs,
-            micro_batch=self.micro_batch,
-            max_grad_norm=self.max_grad_norm,
+            updates_per_epoch=settings.updates_per_epoch,
+            epochs=settings.epochs,
+            micro_batch=settings.micro_batch,
+            max_grad_norm=settings.max_grad_norm,
             checks=checks,
         )
         images = self.collector.env.batch_size[0]
-        with tqdm(total=self.iterations, unit="iteration") as progress:
+        with tqdm(total=settings.iterations, unit="iteration") as progress:
             progress.set_description(f"reward {before.mean:.3f} before")
-            for iteration in range(self.iterations):
+            for iteration in range(settings.iterations):
                 start = time.perf_counter()
                 metrics = next(loop)
                 metrics["images_per_second"] = images / (time.perf_counter() - start)
-                if (iteration + 1) % self.evaluate_every == 0 or iteration + 1 == self.iterations:
+                if (iteration + 1) % self.evaluate_every == 0 or iteration + 1 == settings.iterations:
                     after = self.evaluator(self.policy)
                     metrics["eval_reward"] = after.mean
                 folder.log(metrics)

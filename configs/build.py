@@ -7,11 +7,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from torch import nn
 
 import rewards
 from agents import (
     Evaluator,
     Experiment,
+    NoiseAwareWeight,
     PromptAdvantage,
     RecomputeLogProb,
     RunFolder,
@@ -61,6 +63,12 @@ def build_experiment(settings: RunSettings) -> Experiment:
     policy = make_policy(
         backbone, sampler, backbone.conditioning(prompts), log_prob_reduction=training.log_prob_reduction
     )
+    steps = trainable_steps(sampler, training.min_step_std)
+    advantage = nn.Sequential(
+        PromptAdvantage(buffer_size=training.advantage_buffer, min_count=training.advantage_min_count)
+    )
+    if training.step_weighting == "noise-aware":
+        advantage.append(NoiseAwareWeight(sampler, steps))
     env = DenoisingEnv(
         backbone,
         sampling.num_steps,
@@ -78,16 +86,10 @@ def build_experiment(settings: RunSettings) -> Experiment:
         policy=policy,
         collector=make_collector(env, policy, iterations=training.iterations),
         evaluator=Evaluator(evaluation_env, samples_per_prompt=settings.evaluation_samples),
-        advantage=PromptAdvantage(buffer_size=training.advantage_buffer, min_count=training.advantage_min_count),
+        advantage=advantage,
         prepare=[RecomputeLogProb(policy, training.micro_batch)] if training.recompute_log_prob else [],
-        sampler=TransitionSampler(trainable_steps(sampler, training.min_step_std), training.timestep_fraction),
-        iterations=training.iterations,
-        learning_rate=training.learning_rate,
-        weight_decay=training.weight_decay,
-        updates_per_epoch=training.updates_per_epoch,
-        epochs=training.epochs,
-        micro_batch=training.micro_batch,
-        max_grad_norm=training.max_grad_norm,
+        sampler=TransitionSampler(steps, training.timestep_fraction),
+        optimisation=training,
         evaluate_every=settings.evaluate_every,
     )
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from agents import Optimisation
+
 RewardName = Literal["style-preference", "laion-aesthetic", "jpeg-compressibility", "jpeg-incompressibility"]
 
 
@@ -69,32 +71,20 @@ class SamplingSettings:
 
 
 @dataclass(frozen=True)
-class TrainingSettings:
-    """How the policy is improved."""
+class TrainingSettings(Optimisation):
+    """How the policy is improved: the method's own settings beside those of the optimisation."""
 
-    iterations: int = 48
-    """Rounds of sampling and updating."""
-    learning_rate: float = 2e-3
-    """AdamW's, constant."""
-    weight_decay: float = 1e-4
-    """AdamW's."""
     clip_range: float = 1e-3
     """PPO's; it belongs to the reduction of the log-probability and the size of the latents."""
     log_prob_reduction: Literal["mean", "sum"] = "mean"
     """'mean' over the latent's elements as in DDPO's code, or the true 'sum'."""
+    step_weighting: Literal["none", "noise-aware"] = "noise-aware"
+    """'none' as in DDPO, or every step's pull at the network made equal, see `agents.NoiseAwareWeight`."""
     timestep_fraction: float = 0.5
     """Share of each trajectory's steps that train, drawn anew each time."""
     min_step_std: float = 0.05
     """Steps whose noise has a smaller standard deviation never train. The last of a few steps hardly changes the image,
     yet the noise of its gradient, which grows as 1 / std, drowns the others'."""
-    updates_per_epoch: int = 2
-    """Optimiser steps in one pass over the chosen transitions; fewer where these do not divide."""
-    epochs: int = 1
-    """Passes over a batch of trajectories."""
-    micro_batch: int = 128
-    """Transitions that go through the network at a time; bounds memory, changes nothing else."""
-    max_grad_norm: float = 1.0
-    """The gradient's global norm is clipped to this."""
     advantage_buffer: int = 32
     """Rewards remembered a prompt."""
     advantage_min_count: int = 8

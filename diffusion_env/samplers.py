@@ -40,13 +40,14 @@ class DDIMSampler(nn.Module):
 
     Attributes:
         timesteps: int64 [T], the training timestep of each decision.
+        mean_out: float32 [T], b of each decision, what the network's output is multiplied by in the mean.
         std: float32 [T], sigma of each decision.
         has_density: bool [T] on the CPU; False where sigma is 0 and a log-probability does not exist.
     """
 
     timesteps: Tensor
     _mean_x: Tensor
-    _mean_out: Tensor
+    mean_out: Tensor
     std: Tensor
     _x0_x: Tensor
     _x0_out: Tensor
@@ -87,7 +88,7 @@ class DDIMSampler(nn.Module):
         self._all_have_density = bool(self.has_density.all())
         for name, table in {
             "_mean_x": alpha_prev.sqrt() * x0_x + direction * eps_x,
-            "_mean_out": alpha_prev.sqrt() * x0_out + direction * eps_out,
+            "mean_out": alpha_prev.sqrt() * x0_out + direction * eps_out,
             "std": std,
             "_x0_x": x0_x,
             "_x0_out": x0_out,
@@ -117,7 +118,7 @@ class DDIMSampler(nn.Module):
         Returns:
             Mean and standard deviation, float32.
         """
-        mean = _at(self._mean_x, i, x_t) * x_t.float() + _at(self._mean_out, i, x_t) * out.float()
+        mean = _at(self._mean_x, i, x_t) * x_t.float() + _at(self.mean_out, i, x_t) * out.float()
         return GaussianStep(mean, _at(self.std, i, x_t))
 
     def to_x0(self, x_t: Tensor, out: Tensor, i: Tensor) -> Tensor:

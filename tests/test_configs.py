@@ -71,7 +71,7 @@ def test_every_setting_is_documented():
     import inspect
 
     def check(settings):
-        source = inspect.getsource(settings)
+        source = "".join(inspect.getsource(part) for part in settings.__mro__ if is_dataclass(part))
         for field in fields(settings):
             after = source.split(f"    {field.name}:", 1)[1].split("\n", 1)[1]
             if not is_dataclass(getattr(settings(), field.name)):

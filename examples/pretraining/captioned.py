@@ -69,8 +69,8 @@ class Mixture:
     animal_copies: int = 24
     scene_copies: int = 6
     other_copies: int = 2
-    animal_share: float = 0.65
-    scene_share: float = 0.1
+    animal_share: float = 0.68
+    scene_share: float = 0.08
     scale: tuple[float, float] = (0.9, 1.0)
     """Size of a drawing: nearly filling the picture, so that shapes are learned soon."""
 
