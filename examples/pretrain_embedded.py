@@ -9,12 +9,15 @@ The results go to `diffusion_env/embedded/`, `rewards/` and `examples/pretrainin
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import tyro
+from diffusers import ModelMixin
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 
 from examples.pretraining import heads, judge
 from examples.pretraining.captioned import Mixture
@@ -35,7 +38,7 @@ class Settings:
     """Where the pipeline's weights go."""
     vae_steps: int = 4600
     """Optimiser steps of the autoencoder, batches of 8."""
-    unet_steps: int = 5400
+    unet_steps: int = 2650
     """Optimiser steps of the denoiser, batches of 64."""
     mixture: Mixture = field(default_factory=Mixture)
     """What the denoiser is shown."""
@@ -51,9 +54,8 @@ def main(settings: Settings) -> None:
     unet = train_unet(
         drawings, vae, settings.cache, steps=settings.unet_steps, mixture=settings.mixture, device=settings.device
     )
-    # Half precision on disk: half the size, and what is loaded is exactly what was measured.
-    unet.half().save_pretrained(settings.output / "unet")
-    vae.half().save_pretrained(settings.output / "vae")
+    publish(unet, settings.output / "unet")
+    publish(vae, settings.output / "vae")
     build_scheduler().save_pretrained(settings.output / "scheduler")
     for train, weights in (
         (heads.train_style_preference, heads.WEIGHTS),
@@ -63,6 +65,16 @@ def main(settings: Settings) -> None:
         if not trained.exists():
             train(drawings, trained)
         shutil.copyfile(trained, weights)
+
+
+def publish(model: ModelMixin, folder: Path) -> None:
+    """Write `model` in half precision: half the size, and what is loaded is exactly what was measured."""
+    model.half().save_pretrained(folder)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config.pop("_name_or_path", None)  # where it lay on the machine that made it
+    path.write_text(json.dumps(config, indent=2) + "\n")
+    (folder / SAFETENSORS_WEIGHTS_NAME).chmod(0o644)
 
 
 if __name__ == "__main__":
