@@ -8,8 +8,8 @@
 built with `keep_distribution=True`. Give each `entropy_bonus=False` where it has that argument: the steps' standard
 deviation is fixed, so the policy's entropy does not depend on its parameters.
 The process is undiscounted; TorchRL's value estimators discount by 0.99 unless told otherwise. A loss that is handed
-`advantage` and `value_target`, as here, does not use its own estimator; one that shall must be told, after `RestoreNext`
-has run on whole trajectories: `loss.make_value_estimator(ValueEstimators.GAE, gamma=1.0, lmbda=0.95)`.
+`advantage` and `value_target`, as here, does not use its own. To use it, give the loss whole trajectories after
+`RestoreNext`, and `loss.make_value_estimator(ValueEstimators.GAE, gamma=1.0, lmbda=0.95)` first.
 """
 
 from __future__ import annotations
@@ -79,8 +79,9 @@ class RestoreNext(Transform):
 
 
 class CriticAdvantage(nn.Module):
-    """Undiscounted generalised advantage estimation (Schulman et al. 2015, arXiv:1506.02438, eq. 16): the loop's
-    `advantage`.
+    """The loop's `advantage`: generalised advantage estimation (Schulman et al. 2015, arXiv:1506.02438, eq. 16).
+
+    Undiscounted, with TorchRL's `GAE`.
     """
 
     def __init__(self, critic: ValueOperator, *, lmbda: float = 0.95, standardize: bool = True) -> None:

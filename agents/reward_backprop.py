@@ -67,10 +67,8 @@ class RewardBackpropLoss(LossModule):
     ) -> None:
         """Train `policy` on `reward`, (images in [0, 1], prompts) -> [N], from states of decisions `start_steps` on.
 
-        `gradient_checkpointing` keeps the activations of one step at a time.
-
-        Raises:
-            ValueError: no gradient comes back from the reward or the decoder.
+        `gradient_checkpointing` keeps the activations of one step at a time. A reward or a decoder that gives no
+        gradient is refused with a ValueError.
         """
         super().__init__()
         self.convert_to_functional(policy, "actor_network")
@@ -101,11 +99,7 @@ class RewardBackpropLoss(LossModule):
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDict:
-        """The loss of states [N].
-
-        Raises:
-            ValueError: a state is of another step than the loss starts from, or the reward is no finite number.
-        """
+        """The loss of states [N]; a ValueError where one is of another step than `start_steps`."""
         step = tensordict[self.tensor_keys.step]
         latents = tensordict[self.tensor_keys.latents].flatten(0, step.ndim - 2)
         prompt_id = tensordict[self.tensor_keys.prompt_id].reshape(-1)

@@ -69,7 +69,9 @@ def total(losses):
 
 def gradient(value, module):
     value.backward()
-    found = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in trainable(module)])
+    found = torch.cat(
+        [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in trainable(module)]
+    )
     for parameter in trainable(module):
         parameter.grad = None
     return found
@@ -84,7 +86,11 @@ def test_values_of_any_batch_shape_depend_on_all_of_the_state(backbone):
     assert values.shape == (6, STEPS, 1)
     flat = critic(data.reshape(-1))["state_value"]
     torch.testing.assert_close(flat, values.reshape(-1, 1))
-    for key, other in (("latents", 1.5 * data["latents"]), ("step", data["step"] + 1), ("prompt_id", 1 - data["prompt_id"])):
+    for key, other in (
+        ("latents", 1.5 * data["latents"]),
+        ("step", data["step"] + 1),
+        ("prompt_id", 1 - data["prompt_id"]),
+    ):
         assert ((critic(data.clone().set(key, other))["state_value"] - values).abs() > 1e-4).all(), key
 
 
