@@ -43,7 +43,7 @@ class DenoisingNormal(Distribution):
         """Take `loc` [*batch, *latent] and `scale` [*batch, 1, ...], both with `latent_ndim` dimensions a latent."""
         self.loc, self.scale = loc, scale
         self.reduction: Reduction = reduction
-        self._all_have_density = all_have_density
+        self.all_have_density = all_have_density
         super().__init__(loc.shape[:-latent_ndim], loc.shape[-latent_ndim:], validate_args=False)
 
     @property
@@ -74,7 +74,7 @@ class DenoisingNormal(Distribution):
         """
         mean, x = (tensor.reshape(-1, *self.event_shape) for tensor in (self.loc, value))
         std = self.scale.reshape(-1, *self.scale.shape[-len(self.event_shape) :])
-        if self._all_have_density:
+        if self.all_have_density:
             return normal_log_prob(x, mean, std, self.reduction).reshape(self.batch_shape)
         deterministic = std == 0
         if self.loc.requires_grad and deterministic.any():
@@ -88,7 +88,16 @@ class DenoisingNormal(Distribution):
 
 @register_kl(DenoisingNormal, DenoisingNormal)
 def _kl(p: DenoisingNormal, q: DenoisingNormal) -> Tensor:
-    """KL(p || q) [*batch] in closed form, for `torch.distributions.kl_divergence`; reduced as p's log-probability."""
+    """KL(p || q) [*batch] in closed form, for `torch.distributions.kl_divergence`; reduced as p's log-probability.
+
+    Raises:
+        ValueError: a step is deterministic, so that there are no densities to compare.
+    """
+    if not p.all_have_density and ((p.scale == 0).any() or (q.scale == 0).any()):
+        raise ValueError(
+            "some transitions are deterministic (standard deviation 0) and have no KL divergence; compare the others "
+            "only (`sampler.has_density`)"
+        )
     event = p.event_shape
     mean_p, mean_q = (each.loc.reshape(-1, *event) for each in (p, q))
     std_p, std_q = (each.scale.reshape(-1, *each.scale.shape[-len(event) :]) for each in (p, q))

@@ -222,6 +222,14 @@ def test_kl_between_policies_is_exact(trained_backbone, reduction):
     torch.testing.assert_close(kl_divergence(p, q), expected)
 
 
+def test_kl_between_deterministic_steps_is_refused(backbone):
+    """Not a silent NaN."""
+    policy = make_policy(backbone, backbone.sampler(STEPS, eta=0.0), backbone.conditioning(PROMPTS))
+    distribution = policy.get_dist(collect(backbone, policy, batch_size=2))
+    with pytest.raises(ValueError, match="have no KL divergence"):
+        kl_divergence(distribution, distribution)
+
+
 def test_the_distribution_is_kept_only_on_request(backbone):
     data = collect(backbone, build_policy(backbone))
     assert data["loc"].shape == data["latents"].shape
