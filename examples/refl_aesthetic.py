@@ -34,6 +34,7 @@ def on_policy(preset: RunSettings) -> RunSettings:
     """The preset with a single update an iteration, and few states at a time: images are decoded with gradients."""
     training = replace(
         preset.training,
+        learning_rate=preset.training.learning_rate / 2,  # at PPO's, images break within ten iterations
         updates_per_epoch=1,
         epochs=1,
         micro_batch=min(16, preset.training.micro_batch),

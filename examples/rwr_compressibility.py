@@ -30,12 +30,14 @@ def main(settings: RunSettings) -> None:
 
 def five_passes(preset: RunSettings) -> RunSettings:
     """The preset with this reward and five passes over each batch, as in DDPO's code."""
-    return replace(
-        preset,
-        reward="jpeg-compressibility",
-        output=Path("runs/rwr_compressibility"),
-        training=replace(preset.training, updates_per_epoch=1, epochs=5, recompute_log_prob=False),
+    training = replace(
+        preset.training,
+        learning_rate=preset.training.learning_rate / 10,  # at PPO's, all images turn blank within ten iterations
+        updates_per_epoch=1,
+        epochs=5,
+        recompute_log_prob=False,
     )
+    return replace(preset, reward="jpeg-compressibility", output=Path("runs/rwr_compressibility"), training=training)
 
 
 if __name__ == "__main__":
