@@ -1,30 +1,43 @@
 """How a denoising policy is improved: one file, one method, one paper."""
 
 from .advantage import NoiseAwareWeight, PromptAdvantage
+from .critic import CriticAdvantage, RestoreNext, make_critic
 from .evaluation import Evaluation, Evaluator
 from .experiment import Experiment, Optimisation, summary
 from .policy import DenoisingNormal, make_policy
 from .ppo import OnPolicyRatioCheck, ddpo_is_loss
 from .reinforce import ScoreFunctionLoss
+from .reward_backprop import AlignPropLoss, DRaFTLoss, DRaFTLVLoss, ReFLLoss
 from .rollout import RecomputeLogProb, TransitionSampler, make_collector, share_latents, trainable_steps
 from .run_folder import RunFolder
+from .rwr import BestTrajectories, ExponentialWeights, RWRLoss
 from .training import train
 
 __all__ = [
+    "AlignPropLoss",
+    "BestTrajectories",
+    "CriticAdvantage",
+    "DRaFTLVLoss",
+    "DRaFTLoss",
     "DenoisingNormal",
     "Evaluation",
     "Evaluator",
     "Experiment",
+    "ExponentialWeights",
     "NoiseAwareWeight",
     "OnPolicyRatioCheck",
     "Optimisation",
     "PromptAdvantage",
+    "RWRLoss",
+    "ReFLLoss",
     "RecomputeLogProb",
+    "RestoreNext",
     "RunFolder",
     "ScoreFunctionLoss",
     "TransitionSampler",
     "ddpo_is_loss",
     "make_collector",
+    "make_critic",
     "make_policy",
     "share_latents",
     "summary",

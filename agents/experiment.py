@@ -15,6 +15,8 @@ from torchrl.modules import ProbabilisticActor
 from torchrl.objectives import LossModule
 from tqdm import tqdm
 
+from diffusion_env.env import Reward
+
 from .evaluation import Evaluation, Evaluator
 from .rollout import TransitionSampler
 from .run_folder import RunFolder
@@ -55,6 +57,7 @@ class Experiment:
 
     backbone: Saveable
     policy: ProbabilisticActor
+    reward: Reward
     collector: Collector
     evaluator: Evaluator
     advantage: nn.Module

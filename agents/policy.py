@@ -10,20 +10,17 @@ from tensordict.nn import InteractionType, TensorDictModule
 from torch import Size, Tensor, nn
 from torch.distributions import Distribution
 from torch.distributions.constraints import Constraint
+from torch.distributions.kl import register_kl
 from torchrl.modules import ProbabilisticActor
 
-from diffusion_env import ConditioningCache, DDIMSampler, Reduction, normal_log_prob
+from diffusion_env import ConditioningCache, DDIMSampler, Reduction, normal_kl, normal_log_prob
+from diffusion_env.env import Decoder
 
 NO_SAMPLES = Size()
 
 
-class Backbone(Protocol):
-    """A network that denoises: (x_t, timestep, conditioning) -> guided output."""
-
-    @property
-    def latent_shape(self) -> tuple[int, ...]:
-        """Shape of one image's latents."""
-        ...
+class Backbone(Decoder, Protocol):
+    """A network that denoises, (x_t, timestep, conditioning) -> guided output, and decodes what it has denoised."""
 
     def __call__(self, x_t: Tensor, timestep: Tensor, conditioning: TensorDict) -> Tensor:
         """Guided output [B, *latent]."""
@@ -45,8 +42,8 @@ class DenoisingNormal(Distribution):
     ) -> None:
         """Take `loc` [*batch, *latent] and `scale` [*batch, 1, ...], both with `latent_ndim` dimensions a latent."""
         self.loc, self.scale = loc, scale
-        self._reduction: Reduction = reduction
-        self._all_have_density = all_have_density
+        self.reduction: Reduction = reduction
+        self.all_have_density = all_have_density
         super().__init__(loc.shape[:-latent_ndim], loc.shape[-latent_ndim:], validate_args=False)
 
     @property
@@ -77,16 +74,34 @@ class DenoisingNormal(Distribution):
         """
         mean, x = (tensor.reshape(-1, *self.event_shape) for tensor in (self.loc, value))
         std = self.scale.reshape(-1, *self.scale.shape[-len(self.event_shape) :])
-        if self._all_have_density:
-            return normal_log_prob(x, mean, std, self._reduction).reshape(self.batch_shape)
+        if self.all_have_density:
+            return normal_log_prob(x, mean, std, self.reduction).reshape(self.batch_shape)
         deterministic = std == 0
         if self.loc.requires_grad and deterministic.any():
             raise ValueError(
                 f"{int(deterministic.sum())} of {len(std)} transitions are deterministic (standard deviation 0) and "
                 "have no log-probability; train the others only (`sampler.has_density`)"
             )
-        log_prob = normal_log_prob(x, mean, std.masked_fill(deterministic, 1.0), self._reduction)
+        log_prob = normal_log_prob(x, mean, std.masked_fill(deterministic, 1.0), self.reduction)
         return log_prob.masked_fill(deterministic.flatten(), 0.0).reshape(self.batch_shape)
+
+
+@register_kl(DenoisingNormal, DenoisingNormal)
+def _kl(p: DenoisingNormal, q: DenoisingNormal) -> Tensor:
+    """KL(p || q) [*batch] in closed form, for `torch.distributions.kl_divergence`; reduced as p's log-probability.
+
+    Raises:
+        ValueError: a step is deterministic, so that there are no densities to compare.
+    """
+    if not p.all_have_density and ((p.scale == 0).any() or (q.scale == 0).any()):
+        raise ValueError(
+            "some transitions are deterministic (standard deviation 0) and have no KL divergence; compare the others "
+            "only (`sampler.has_density`)"
+        )
+    event = p.event_shape
+    mean_p, mean_q = (each.loc.reshape(-1, *event) for each in (p, q))
+    std_p, std_q = (each.scale.reshape(-1, *each.scale.shape[-len(event) :]) for each in (p, q))
+    return normal_kl(mean_p, std_p, mean_q, std_q, p.reduction).reshape(p.batch_shape)
 
 
 class DenoisingMean(nn.Module):
@@ -100,13 +115,26 @@ class DenoisingMean(nn.Module):
 
     def forward(self, latents: Tensor, step: Tensor, prompt_id: Tensor) -> tuple[Tensor, Tensor]:
         """`latents` [*batch, *latent], `step` and `prompt_id` [*batch, 1]."""
-        sampler, conditioning = self._tools
         batch = step.shape[:-1]
         x_t = latents.reshape(-1, *latents.shape[len(batch) :])
-        i, prompt = step.reshape(-1), prompt_id.reshape(-1)
-        out = self.backbone(x_t, sampler.timesteps[i], conditioning(prompt))
-        mean, std = sampler.step(x_t, out, i)
+        i = step.reshape(-1)
+        out = self.output(x_t, self.sampler.timesteps[i], prompt_id.reshape(-1))
+        mean, std = self.sampler.step(x_t, out, i)
         return mean.reshape(latents.shape), std.reshape(*batch, *std.shape[1:])
+
+    @property
+    def sampler(self) -> DDIMSampler:
+        """What turns the network's output into mean and standard deviation."""
+        return self._tools[0]
+
+    @property
+    def conditioning(self) -> ConditioningCache:
+        """Encoded prompts by id."""
+        return self._tools[1]
+
+    def output(self, x_t: Tensor, timestep: Tensor, prompt_id: Tensor) -> Tensor:
+        """The network's guided output [N, *latent] at any training timestep [N] for prompts [N]."""
+        return self.backbone(x_t, timestep, self.conditioning(prompt_id))
 
 
 def make_policy(
@@ -115,6 +143,7 @@ def make_policy(
     conditioning: ConditioningCache,
     *,
     log_prob_reduction: Reduction = "mean",
+    keep_distribution: bool = False,
 ) -> ProbabilisticActor:
     """The denoising policy N(mu_theta(x_t, i, prompt), sigma_i^2 I).
 
@@ -127,6 +156,8 @@ def make_policy(
         conditioning: encoded prompts by id.
         log_prob_reduction: "mean" over latent elements as DDPO's published code, to which its clip range of 1e-4
             belongs, or "sum", the true log-probability, whose ratio leaves any clip range D times as fast.
+        keep_distribution: write `loc` and `scale` too, as much again as the latents, for losses that ask
+            (`KLPENPPOLoss`).
 
     Returns:
         An actor that reads `latents`, `step`, `prompt_id` and writes `action` and `action_log_prob`.
@@ -150,6 +181,11 @@ def make_policy(
         return_log_prob=True,
         default_interaction_type=InteractionType.RANDOM,
     )
-    # A collector would store mean and scale of every step, as much as the latents again.
-    policy.select_out_keys("action", "action_log_prob")
+    if not keep_distribution:
+        policy.select_out_keys("action", "action_log_prob")
     return policy
+
+
+def denoising_mean(policy: ProbabilisticActor) -> DenoisingMean:
+    """The network, sampler and prompts inside a policy of `make_policy`, for losses that need more than its steps."""
+    return policy.module[0].module

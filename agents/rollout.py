@@ -20,6 +20,8 @@ KEPT_KEYS = (
     "prompt_id",
     "group_id",
     "action_log_prob",
+    "loc",
+    "scale",
     ("next", "reward"),
     ("next", "done"),
     ("next", "terminated"),
@@ -31,7 +33,7 @@ def share_latents(rollout: TensorDictBase) -> TensorDictBase:
 
     A state's `latents` are the action before it, so one tensor [B, T + 1, *latent] holds both; the returned [B, T]
     TensorDict's `latents` and `action` are views of it and nothing else is shared with `rollout`. Whatever no loss
-    reads (`loc`, `scale`) is dropped.
+    reads is dropped; `loc` and `scale` are there only if the policy was told to keep them.
     """
     kept = rollout.select(*KEPT_KEYS, strict=False).exclude("latents", "action").clone()
     trajectory = torch.cat([rollout["latents"], rollout["action"][:, -1:]], 1)

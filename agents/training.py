@@ -38,7 +38,7 @@ def train(
         loss: reads transitions [N] and returns a TensorDict whose `loss_*` entries are summed and minimised; the
             others are logged.
         optimizer: over the loss's trainable parameters.
-        advantage: writes what the loss needs beside the rollout, once a batch.
+        advantage: writes what the loss needs beside the rollout, once a batch; may leave out whole trajectories.
         sampler: which transitions train.
         updates_per_epoch: optimiser steps in one pass over the chosen transitions.
         epochs: passes over a batch of trajectories.
@@ -59,6 +59,7 @@ def train(
         if data is None:
             return
         collected = time.perf_counter()
+        rewards = data["next", "reward"].sum(1)
         data = advantage(data)
         transitions = data.batch_size[0] * sampler.steps_per_trajectory
         buffer = ReplayBuffer(
@@ -74,7 +75,6 @@ def train(
                         sums[key].append(value)
                 for key, value in update(loss, optimizer, parameters, minibatch, micro_batch, max_grad_norm).items():
                     sums[key].append(value)
-        rewards = data["next", "reward"].sum(1)
         yield {
             "reward": rewards.mean().item(),
             "reward_std": rewards.std(correction=0).item(),

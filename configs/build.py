@@ -84,6 +84,7 @@ def build_experiment(settings: RunSettings) -> Experiment:
     return Experiment(
         backbone=backbone,
         policy=policy,
+        reward=reward,
         collector=make_collector(env, policy, iterations=training.iterations),
         evaluator=Evaluator(evaluation_env, samples_per_prompt=settings.evaluation_samples),
         advantage=advantage,

@@ -6,7 +6,7 @@ from .embedded import embedded_folder
 from .env import DenoisingEnv, checked_reward
 from .gym import GymDenoisingEnv
 from .prompts import load_prompts, prompt_set
-from .samplers import DDIMSampler, GaussianStep, Reduction, normal_log_prob
+from .samplers import DDIMSampler, GaussianStep, Reduction, normal_kl, normal_log_prob
 
 __all__ = [
     "ConditioningCache",
@@ -20,6 +20,7 @@ __all__ = [
     "checked_reward",
     "embedded_folder",
     "load_prompts",
+    "normal_kl",
     "normal_log_prob",
     "prompt_set",
 ]

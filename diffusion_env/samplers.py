@@ -103,6 +103,11 @@ class DDIMSampler(nn.Module):
         return len(self.timesteps)
 
     @property
+    def num_train_timesteps(self) -> int:
+        """How many training timesteps `add_noise` knows, 0 the cleanest."""
+        return len(self._alphas_cumprod)
+
+    @property
     def all_have_density(self) -> bool:
         """Whether every step is a proper Gaussian."""
         return self._all_have_density
@@ -157,6 +162,15 @@ def normal_log_prob(x: Tensor, mean: Tensor, std: Tensor, reduction: Reduction) 
     density = Independent(Normal(mean, std.expand_as(mean), validate_args=False), mean.ndim - 1, validate_args=False)
     log_prob = density.log_prob(x)
     return log_prob / mean[0].numel() if reduction == "mean" else log_prob
+
+
+def normal_kl(mean_p: Tensor, std_p: Tensor, mean_q: Tensor, std_q: Tensor, reduction: Reduction) -> Tensor:
+    """KL(p || q) of two isotropic Gaussians over the latent, float32 [B]; reduced like `normal_log_prob`."""
+    kl = torch.distributions.kl_divergence(
+        Normal(mean_p, std_p.expand_as(mean_p), validate_args=False),
+        Normal(mean_q, std_q.expand_as(mean_q), validate_args=False),
+    ).flatten(1)
+    return kl.mean(1) if reduction == "mean" else kl.sum(1)
 
 
 def _prediction_coefficients(alpha: Tensor, prediction_type: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:

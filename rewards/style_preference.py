@@ -17,11 +17,11 @@ class StylePreference(nn.Module):
     """Prefers richly shaded, glossy drawings to flat ones and intact drawings to damaged ones.
 
     A linear head on frozen EfficientNet-Lite0 features; it ships with the package, `examples/pretraining/heads.py`
-    trains it. Bradley-Terry on two kinds of pairs. Drawings of one concept in two of six emoji styles, so that it cannot
-    be about what is drawn: fluent-emoji ("3D") before noto, noto-v1, twemoji, fluent-emoji-flat, fxemoji. Brightness,
-    contrast, saturation and hue were changed at random on each side, so that they do not tell the winner. And drawings
-    before copies of themselves that were blurred, warped or stained, as samples of a weak diffusion model are: a first
-    version without these was raised by blurring animals into shaded blobs.
+    trains it. Bradley-Terry on two kinds of pairs. Drawings of one concept in two of six emoji styles, so that it
+    cannot be about what is drawn: fluent-emoji ("3D") before noto, noto-v1, twemoji, fluent-emoji-flat, fxemoji.
+    Brightness, contrast, saturation and hue were changed at random on each side, so that they do not tell the winner.
+    And drawings before copies of themselves that were blurred, warped or stained, as samples of a weak diffusion model
+    are: a first version without these was raised by blurring animals into shaded blobs.
 
     The score is affine in the features; over the training drawings its mean is 0 and its standard deviation 1. On
     drawings held out of training:

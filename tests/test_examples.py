@@ -18,7 +18,13 @@ SMALL = [
     "--evaluation-samples", "1",
     "--evaluate-every", "1",
 ]  # fmt: skip
-RUNS = {"ppo_aesthetic.py": "style-preference", "reinforce_compressibility.py": "jpeg-compressibility"}
+RUNS = {
+    "ppo_aesthetic.py": "style-preference",
+    "reinforce_compressibility.py": "jpeg-compressibility",
+    "draft_aesthetic.py": "style-preference",
+    "refl_aesthetic.py": "style-preference",
+    "rwr_compressibility.py": "jpeg-compressibility",
+}
 
 
 def test_no_example_is_forgotten():
