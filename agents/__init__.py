@@ -3,9 +3,11 @@
 from .advantage import PromptAdvantage
 from .evaluation import Evaluation, Evaluator
 from .experiment import Experiment, summary
+from .nabla_db import NablaDBLoss
 from .policy import DenoisingNormal, make_policy
 from .ppo import OnPolicyRatioCheck, ddpo_is_loss
 from .reinforce import ScoreFunctionLoss
+from .reward_gradient import RewardGradient
 from .rollout import RecomputeLogProb, TransitionSampler, make_collector, share_latents, trainable_steps
 from .run_folder import RunFolder
 from .training import train
@@ -15,9 +17,11 @@ __all__ = [
     "Evaluation",
     "Evaluator",
     "Experiment",
+    "NablaDBLoss",
     "OnPolicyRatioCheck",
     "PromptAdvantage",
     "RecomputeLogProb",
+    "RewardGradient",
     "RunFolder",
     "ScoreFunctionLoss",
     "TransitionSampler",

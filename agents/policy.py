@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
@@ -27,6 +28,14 @@ class Backbone(Protocol):
 
     def __call__(self, x_t: Tensor, timestep: Tensor, conditioning: TensorDict) -> Tensor:
         """Guided output [B, *latent]."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents [B, *latent] -> images [B, 3, H, W] in [0, 1], differentiable."""
+        ...
+
+    def reference(self) -> AbstractContextManager[None]:
+        """A context in which the network is the pretrained one."""
         ...
 
 
@@ -90,7 +99,12 @@ class DenoisingNormal(Distribution):
 
 
 class DenoisingMean(nn.Module):
-    """(latents, step, prompt_id) -> mean and standard deviation of the next latents, for any batch shape."""
+    """(latents, step, prompt_id) -> mean and standard deviation of the next latents, and the network's guided output.
+
+    For any batch shape.
+    """
+
+    backbone: Backbone
 
     def __init__(self, backbone: Backbone, sampler: DDIMSampler, conditioning: ConditioningCache) -> None:
         """Keep the three; only `backbone` has parameters."""
@@ -98,15 +112,28 @@ class DenoisingMean(nn.Module):
         self.backbone = backbone
         self._tools = (sampler, conditioning)  # in a tuple: tables and prompt embeddings are no policy parameters
 
-    def forward(self, latents: Tensor, step: Tensor, prompt_id: Tensor) -> tuple[Tensor, Tensor]:
+    @property
+    def sampler(self) -> DDIMSampler:
+        """What turns the network's output into a Gaussian step."""
+        return self._tools[0]
+
+    @property
+    def conditioning(self) -> ConditioningCache:
+        """Encoded prompts by id."""
+        return self._tools[1]
+
+    def output(self, x_t: Tensor, i: Tensor, prompt_id: Tensor) -> Tensor:
+        """The network's guided output [B, *latent] at `x_t` [B, *latent] of decisions `i` and prompts, both [B]."""
+        return self.backbone(x_t, self.sampler.timesteps[i], self.conditioning(prompt_id))
+
+    def forward(self, latents: Tensor, step: Tensor, prompt_id: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`latents` [*batch, *latent], `step` and `prompt_id` [*batch, 1]."""
-        sampler, conditioning = self._tools
         batch = step.shape[:-1]
         x_t = latents.reshape(-1, *latents.shape[len(batch) :])
-        i, prompt = step.reshape(-1), prompt_id.reshape(-1)
-        out = self.backbone(x_t, sampler.timesteps[i], conditioning(prompt))
-        mean, std = sampler.step(x_t, out, i)
-        return mean.reshape(latents.shape), std.reshape(*batch, *std.shape[1:])
+        i = step.reshape(-1)
+        out = self.output(x_t, i, prompt_id.reshape(-1))
+        mean, std = self.sampler.step(x_t, out, i)
+        return mean.reshape(latents.shape), std.reshape(*batch, *std.shape[1:]), out.reshape(latents.shape)
 
 
 def make_policy(
@@ -115,6 +142,7 @@ def make_policy(
     conditioning: ConditioningCache,
     *,
     log_prob_reduction: Reduction = "mean",
+    keep_model_output: bool = False,
 ) -> ProbabilisticActor:
     """The denoising policy N(mu_theta(x_t, i, prompt), sigma_i^2 I).
 
@@ -127,16 +155,19 @@ def make_policy(
         conditioning: encoded prompts by id.
         log_prob_reduction: "mean" over latent elements as DDPO's published code, to which its clip range of 1e-4
             belongs, or "sum", the true log-probability, whose ratio leaves any clip range D times as fast.
+        keep_model_output: also write the network's guided output, which the trust region of `NablaDBLoss` reads and
+            which is as large as the latents again.
 
     Returns:
-        An actor that reads `latents`, `step`, `prompt_id` and writes `action` and `action_log_prob`.
+        An actor that reads `latents`, `step`, `prompt_id` and writes `action`, `action_log_prob` and, if asked for,
+        `model_output`.
     """
     if log_prob_reduction not in ("mean", "sum"):
         raise ValueError(f"log_prob_reduction is {log_prob_reduction!r}; choose 'mean' or 'sum'")
     mean = TensorDictModule(
         DenoisingMean(backbone, sampler, conditioning),
         in_keys=["latents", "step", "prompt_id"],
-        out_keys=["loc", "scale"],
+        out_keys=["loc", "scale", "model_output"],
     )
     policy = ProbabilisticActor(
         mean,
@@ -151,5 +182,21 @@ def make_policy(
         default_interaction_type=InteractionType.RANDOM,
     )
     # A collector would store mean and scale of every step, as much as the latents again.
-    policy.select_out_keys("action", "action_log_prob")
+    kept = ["action", "action_log_prob", "model_output"] if keep_model_output else ["action", "action_log_prob"]
+    policy.select_out_keys(*kept)
     return policy
+
+
+def denoising_mean(policy: ProbabilisticActor) -> DenoisingMean:
+    """The network part of a policy made by `make_policy`.
+
+    Raises:
+        TypeError: `policy` was made otherwise.
+    """
+    found = [module for module in policy.modules() if isinstance(module, DenoisingMean)]
+    if len(found) != 1:
+        raise TypeError(
+            f"the policy ({type(policy).__name__}) holds {len(found)} denoising networks, expected 1; make it with "
+            "`make_policy`"
+        )
+    return found[0]
