@@ -87,7 +87,8 @@ class NablaDBLoss(LossModule):
                 `CorrectionUNet`; the clean latents have the timestep below the last one. None is forward matching
                 alone (Nabla-R2D3; Reward Score Matching, arXiv:2604.17415, finds that g hardly matters).
             residual: compare with the pretrained model; False samples from exp(beta r) without it.
-            backward_weight: weight of backward matching. None is 1 where it trains something, otherwise 0.
+            backward_weight: weight of backward matching. None is 1 where it trains something, otherwise 0. With a
+                correction and 0 forward matching may explain the reward away instead of following it.
             backward_trains_policy: differentiate backward matching by the policy's parameters too, a second-order
                 graph for which attention takes PyTorch's slower math kernel.
             terminal_weight: weight of terminal matching. The authors average over the last transitions alone: that is
@@ -96,10 +97,11 @@ class NablaDBLoss(LossModule):
                 additional term of the paper (2e3 there); needs `make_policy(..., keep_model_output=True)`.
             gamma_power: gamma is alpha_bar to this power, 1 at the clean latents: 1 in the authors' code, 0.5 their
                 other choice, 0 no attenuation.
-            weighting: what the residuals of a step are multiplied by. "none" is the paper, where the last two of fifty
-                steps are 99 % of the loss; "sigma" (Reward Score Matching) the step's standard deviation; "output"
-                sigma^2 / |b|, after which forward matching compares network outputs (noise, for a network that
-                predicts it).
+            weighting: what the residuals of forward matching are multiplied by. "none" is the paper, where the last two
+                of fifty steps have 97 % of the weight; "sigma" (Reward Score Matching) the step's standard deviation;
+                "output" sigma^2 / |b|, which compares network outputs (noise, for a network that predicts it). The
+                other terms are not weighted: a backward term smaller than the forward one of the step before would
+                leave the correction to follow the policy.
 
         Raises:
             ValueError: a term would train nothing, no step has a density, or a number is out of range.
@@ -177,9 +179,9 @@ class NablaDBLoss(LossModule):
         losses = {"loss_forward": matching(score.by_x_prev, target, weight)}
         if score.by_x_t is not None:
             flow = self._reward_flow(data[self.tensor_keys.reward_grad], i) + self._correction(x_t, i, prompt_id)
-            losses["loss_backward"] = self._backward_weight * matching(score.by_x_t, -flow, weight)
+            losses["loss_backward"] = self._backward_weight * matching(score.by_x_t, -flow, 1)
         if self.correction is not None:
-            losses["loss_terminal"] = self._terminal_weight * matching(correction, 0, weight * terminal)
+            losses["loss_terminal"] = self._terminal_weight * matching(correction, 0, terminal.float())
         if self._trust_region:
             losses["loss_trust_region"] = self._trust_region * matching(out, data[self.tensor_keys.model_output], 1)
         parts = {"score_rms": score.by_x_prev, "reward_flow_rms": reward_flow, "correction_rms": correction}

@@ -53,8 +53,8 @@ class RewardGradient(Transform):
                 which costs no backward pass through it (VGG-Flow, Liu et al. 2025, arXiv:2512.05116).
             final_image: the gradient at the trajectory's finished image for all of its steps, instead of one at each
                 step's prediction (Reward Score Matching, arXiv:2604.17415). Needs whole trajectories [B, T].
-            noisy_copies: average the gradient over this many copies of the image with noise on their pixels, which the
-                paper does with 3; 0 takes the image as it is, as its published code does.
+            noisy_copies: average the gradient over this many copies of the image with noise on their pixels (3 in the
+                paper as others quote it); 0 takes the image as it is, as the authors' published code does.
             noise_std: standard deviation of that noise, images being in [0, 1]; 2e-3 in Nabla-R2D3's code.
             max_norm: gradients of a larger Euclidean norm are shortened to this, each sample's by itself (an option of
                 Nabla-R2D3's code); None leaves them.

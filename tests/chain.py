@@ -18,16 +18,20 @@ GAIN = 0.25
 
 
 class LinearBackbone(nn.Module):
-    """out = (k_i + slope_i) x + m_i + offset_i, prompt by prompt; slope and offset train, k and m are pretrained."""
+    """out = k_i x + m_i + sigma_i^2 / b_i (slope_i x + offset_i), the offset prompt by prompt.
+
+    k and m are pretrained, slope and offset train: the residual forward score is slope x + offset.
+    """
 
     latent_shape = LATENT
     device = torch.device("cpu")
 
-    def __init__(self, timesteps):
+    def __init__(self, sampler):
         super().__init__()
         generator = torch.Generator().manual_seed(0)
-        steps = len(timesteps)
-        self.timesteps = timesteps
+        steps = sampler.num_steps
+        self.timesteps = sampler.timesteps
+        self.scale = (sampler.std**2 / sampler.mean_out).view(-1, 1, 1, 1)
         self.k = torch.rand(steps, 1, 1, 1, generator=generator) * 0.6 + 0.2
         self.m = torch.randn(steps, *LATENT, generator=generator) * 0.3
         self.slope = nn.Parameter(torch.zeros(steps, 1, 1, 1))
@@ -39,7 +43,7 @@ class LinearBackbone(nn.Module):
         out = self.k[i] * x_t + self.m[i]
         if self.pretrained:
             return out
-        return out + self.slope[i] * x_t + self.offset[i, conditioning["id"]]
+        return out + self.scale[i] * (self.slope[i] * x_t + self.offset[i, conditioning["id"]])
 
     def decode(self, latents):
         """Three equal channels, 0.5 + GAIN x."""
@@ -83,7 +87,7 @@ GRADIENT = torch.stack([3 * GAIN * WEIGHT[:1], -3 * GAIN * WEIGHT[:1]])
 def chain(num_steps=STEPS, eta=1.0, **settings):
     """Backbone, sampler and policy."""
     sampler = DDIMSampler(SCHEDULE | settings, num_steps, eta)
-    backbone = LinearBackbone(sampler.timesteps)
+    backbone = LinearBackbone(sampler)
     return backbone, sampler, make_policy(backbone, sampler, ConditioningCache(encode, PROMPTS), keep_model_output=True)
 
 
@@ -126,10 +130,7 @@ def flow(backbone, sampler, beta):
 def solution(backbone, sampler, beta):
     """What `offset` and `TableCorrection.table` are at the tilted optimum, with gamma = alpha_bar."""
     exact = flow(backbone, sampler, beta)
-    i = torch.arange(sampler.num_steps)
-    step = sampler.coefficients(i, exact[:-1])
-    offset = step.std**2 / step.out * exact[1:]
     _, predicted_slope = slopes(backbone, sampler)
     parametrised = beta * (sampler.signal_power[:-1] * predicted_slope).view(-1, 1, 1, 1, 1) * GRADIENT
     missing = torch.cat([exact[:-1] - parametrised, torch.zeros_like(exact[:1])])
-    return offset, missing
+    return exact[1:], missing

@@ -56,35 +56,37 @@ def rounding(sampler, weighting):
 @pytest.mark.parametrize("backward_trains_policy", [False, True])
 def test_every_loss_is_zero_at_the_tilted_optimum(weighting, backward_trains_policy):
     backbone, correction, loss, data = solved(weighting, backward_trains_policy=backward_trains_policy)
-    zero = rounding(DDIMSampler(SCHEDULE, STEPS), weighting)
+    zero = {key: rounding(DDIMSampler(SCHEDULE, STEPS), key) for key in ("none", weighting)}
     losses = loss(data)
     assert set(losses.keys()) == set(loss.out_keys)
-    for key in ("loss_forward", "loss_backward", "loss_terminal"):
-        assert losses[key] < zero, key
+    assert losses["loss_forward"] < zero[weighting]
+    assert losses["loss_backward"] < zero["none"]
+    assert losses["loss_terminal"] == 0
     assert losses["score_rms"] > 0.1
     # Each is sensitive: a few hundredths of the answer too much show.
     with torch.no_grad():
         backbone.offset.mul_(1.05)
         elsewhere = loss(data)
         correction.table[-1] += 0.05
-    assert elsewhere["loss_forward"] > 100 * zero
-    assert elsewhere["loss_backward"] > 100 * zero
-    assert loss(data)["loss_terminal"] > 1e-8
+    assert elsewhere["loss_forward"] > 100 * zero[weighting]
+    assert elsewhere["loss_backward"] > 100 * zero["none"]
+    assert loss(data)["loss_terminal"] > 1e-4
 
 
-def test_a_run_from_elsewhere_converges_to_the_tilted_optimum():
+@pytest.mark.parametrize("weighting", ["none", "output"])
+def test_a_run_from_elsewhere_converges_to_the_tilted_optimum(weighting):
     """Policy and correction are learned together, from data of the policy that is being learned."""
     backbone, sampler, policy = chain()
     correction = TableCorrection(sampler.timesteps)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in (backbone.offset, backbone.slope):
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    loss = NablaDBLoss(policy, beta=BETA, correction=correction, weighting="output")
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    loss = NablaDBLoss(policy, beta=BETA, correction=correction, weighting=weighting)
     gradient = RewardGradient(policy, linear_reward, jacobian=True)
-    optimizer = torch.optim.Adam(loss.parameters(), lr=0.03, eps=1e-12)
-    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.98)
-    for iteration in range(500):
+    optimizer = torch.optim.Adam(loss.parameters(), lr=0.05, eps=1e-12)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.985)
+    for iteration in range(350):
         if iteration % 20 == 0:
             data = gradient(transitions(policy, sampler, trajectories=8, seed=iteration).reshape(-1))
         total(loss(data)).backward()
@@ -92,14 +94,10 @@ def test_a_run_from_elsewhere_converges_to_the_tilted_optimum():
         optimizer.zero_grad()
         schedule.step()
     offset, missing = solution(backbone, sampler, BETA)
-    step = sampler.coefficients(torch.arange(STEPS), offset)
-    for learned, exact in (
-        (step.out / step.std**2 * backbone.offset, step.out / step.std**2 * offset),
-        (correction.table, missing),
-    ):
+    assert backbone.slope.abs().max() < 0.01
+    for learned, exact in ((backbone.offset, offset), (correction.table, missing)):
         assert exact.abs().max() > 0.3
         torch.testing.assert_close(learned.detach(), exact, rtol=0.02, atol=0.01)
-    assert (step.out / step.std**2).flatten().mul(backbone.slope.flatten()).abs().max() < 0.02
 
 
 class QuadraticChain:
@@ -145,8 +143,8 @@ def test_the_optimum_of_a_quadratic_reward_is_the_best_fit():
     with torch.no_grad():
         for i in range(2):
             zero, one = exact.best_mean(torch.stack([torch.zeros(4), torch.ones(4)]), i)
-            backbone.slope[i] = ((one - zero)[0] - exact.a[i]) / exact.b[i] - exact.k[i]
-            backbone.offset[i] = (zero / exact.b[i] - exact.m[i]).view(LATENT)
+            backbone.slope[i] = (((one - zero)[0] - exact.a[i]) / exact.b[i] - exact.k[i]) / backbone.scale[i]
+            backbone.offset[i] = (zero / exact.b[i] - exact.m[i]).view(LATENT) / backbone.scale[i]
 
     def quadratic_reward(images, prompts):
         return -images.square().sum((1, 2, 3))
@@ -193,8 +191,9 @@ def test_not_residual_is_zero_where_every_equation_holds(backward_trains_policy)
     target = torch.tensor([[[0.5, -1.0], [0.2, 0.0]]])
     power = torch.cat([sampler.signal_power[:-1], sampler._alphas_cumprod[:1]]).view(-1, 1, 1, 1)
     with torch.no_grad():
-        backbone.offset += (-(power.sqrt() * target) / (1 - power).sqrt())[:-1, None] - backbone.m[:, None]
-        backbone.slope += 1 / (1 - power[:-1]).sqrt() - backbone.k
+        offset = -(power.sqrt() * target / (1 - power).sqrt())[:-1] - backbone.m
+        backbone.offset += (offset / backbone.scale)[:, None]
+        backbone.slope += (1 / (1 - power[:-1]).sqrt() - backbone.k) / backbone.scale
 
     def score(x, i):
         return -(x - power[i].sqrt() * target) / (1 - power[i])
@@ -217,7 +216,7 @@ def test_not_residual_is_zero_where_every_equation_holds(backward_trains_policy)
     assert losses["loss_backward"] < 1e-7 * losses["score_rms"] ** 2
     assert losses["loss_terminal"] == 0
     with torch.no_grad():
-        backbone.offset += 0.01
+        backbone.offset += 0.02 * losses["score_rms"]
     assert loss(data)["loss_forward"] > 1e-4 * losses["score_rms"] ** 2
 
 
@@ -282,7 +281,8 @@ def test_both_residuals_are_autograds_of_the_log_density_ratio(real, residual):
         ("loss_forward", by_x_prev, target_after),
         ("loss_backward", by_x_t, target_before),
     ):
-        expected = (std * (score - target)).square().mean()
+        weight = std if key == "loss_forward" else 1  # backward matching is not weighted
+        expected = (weight * (score - target)).square().mean()
         torch.testing.assert_close(losses[key], expected, rtol=1e-3, atol=1e-6)
         losses[key].backward(retain_graph=True)
         found = gradients(policy)
@@ -321,14 +321,15 @@ def test_without_reward_the_pretrained_model_stays(backbone):
         data = policy(data)
     data["reward_grad"] = data["next", "reward_grad"] = torch.randn(4, 4, 8, 8)
     losses = loss(data)
-    total(losses).backward()
-    assert total(losses) < 1e-9
-    assert max(gradient.abs().max() for gradient in gradients(loss).values()) < 1e-4
+    losses["loss_forward"].backward(retain_graph=True)
+    assert not any(gradient.any() for gradient in gradients(loss).values())
+    total(losses).backward()  # its second-order part adds up in another order with the adapters in place
+    at_zero = max(gradient.abs().max() for gradient in gradients(loss).values())
     # With a reward it moves, and moves the correction's last layer first.
-    loss = NablaDBLoss(policy, beta=1, correction=correction)
+    loss = NablaDBLoss(policy, beta=1, correction=correction, backward_trains_policy=True)
     total(loss(data)).backward()
     found = gradients(loss)
-    assert max(gradient.abs().max() for name, gradient in found.items() if "lora" in name) > 1e-2
+    assert max(gradient.abs().max() for name, gradient in found.items() if "lora" in name) > 1e4 * at_zero
     assert {name for name, gradient in found.items() if name.startswith("correction") and gradient.any()} == {
         "correction.unet.conv_out.weight",
         "correction.unet.conv_out.bias",
@@ -426,7 +427,7 @@ def test_weights_and_attenuation_are_those_of_the_formulas(weighting, gamma_powe
         b, std = sampler.mean_out[i], sampler.std[i]
         gamma = sampler.signal_power[i + 1] ** gamma_power if i + 1 < STEPS else 1
         weight = {"none": 1, "sigma": std, "output": std**2 / b}[weighting]
-        residual = b / std**2 * 0.1 - BETA * gamma * data["next", "reward_grad"][:, i]
+        residual = 0.1 - BETA * gamma * data["next", "reward_grad"][:, i]
         expected += (weight * residual).square().mean() / STEPS
     torch.testing.assert_close(loss(data)["loss_forward"], expected, rtol=1e-4, atol=1e-7)
 
@@ -439,7 +440,8 @@ def test_the_trust_region_is_the_change_of_the_networks_output():
     with torch.no_grad():
         backbone.offset += 0.2
     losses = loss(data)
-    torch.testing.assert_close(losses["loss_trust_region"], torch.tensor(50 * 0.2**2), rtol=1e-4, atol=0)
+    expected = 50 * (0.2 * backbone.scale).square().mean()
+    torch.testing.assert_close(losses["loss_trust_region"], expected, rtol=1e-3, atol=0)
     losses["loss_trust_region"].backward()
     assert (backbone.offset.grad > 0).all()
 
