@@ -4,10 +4,12 @@ from .advantage import NoiseAwareWeight, PromptAdvantage
 from .critic import CriticAdvantage, RestoreNext, make_critic
 from .evaluation import Evaluation, Evaluator
 from .experiment import Experiment, Optimisation, summary
+from .nabla_db import NablaDBLoss
 from .policy import DenoisingNormal, make_policy
 from .ppo import OnPolicyRatioCheck, ddpo_is_loss
 from .reinforce import ScoreFunctionLoss
 from .reward_backprop import AlignPropLoss, DRaFTLoss, DRaFTLVLoss, ReFLLoss
+from .reward_gradient import RewardGradient
 from .rollout import RecomputeLogProb, TransitionSampler, make_collector, share_latents, trainable_steps
 from .run_folder import RunFolder
 from .rwr import BestTrajectories, ExponentialWeights, RWRLoss
@@ -24,6 +26,7 @@ __all__ = [
     "Evaluator",
     "Experiment",
     "ExponentialWeights",
+    "NablaDBLoss",
     "NoiseAwareWeight",
     "OnPolicyRatioCheck",
     "Optimisation",
@@ -32,6 +35,7 @@ __all__ = [
     "ReFLLoss",
     "RecomputeLogProb",
     "RestoreNext",
+    "RewardGradient",
     "RunFolder",
     "ScoreFunctionLoss",
     "TransitionSampler",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
@@ -24,6 +25,10 @@ class Backbone(Decoder, Protocol):
 
     def __call__(self, x_t: Tensor, timestep: Tensor, conditioning: TensorDict) -> Tensor:
         """Guided output [B, *latent]."""
+        ...
+
+    def reference(self) -> AbstractContextManager[None]:
+        """A context in which the network is the pretrained one."""
         ...
 
 
@@ -105,7 +110,12 @@ def _kl(p: DenoisingNormal, q: DenoisingNormal) -> Tensor:
 
 
 class DenoisingMean(nn.Module):
-    """(latents, step, prompt_id) -> mean and standard deviation of the next latents, for any batch shape."""
+    """(latents, step, prompt_id) -> mean and standard deviation of the next latents, and the network's guided output.
+
+    For any batch shape.
+    """
+
+    backbone: Backbone
 
     def __init__(self, backbone: Backbone, sampler: DDIMSampler, conditioning: ConditioningCache) -> None:
         """Keep the three; only `backbone` has parameters."""
@@ -113,14 +123,14 @@ class DenoisingMean(nn.Module):
         self.backbone = backbone
         self._tools = (sampler, conditioning)  # in a tuple: tables and prompt embeddings are no policy parameters
 
-    def forward(self, latents: Tensor, step: Tensor, prompt_id: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, latents: Tensor, step: Tensor, prompt_id: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`latents` [*batch, *latent], `step` and `prompt_id` [*batch, 1]."""
         batch = step.shape[:-1]
         x_t = latents.reshape(-1, *latents.shape[len(batch) :])
         i = step.reshape(-1)
         out = self.output(x_t, self.sampler.timesteps[i], prompt_id.reshape(-1))
         mean, std = self.sampler.step(x_t, out, i)
-        return mean.reshape(latents.shape), std.reshape(*batch, *std.shape[1:])
+        return mean.reshape(latents.shape), std.reshape(*batch, *std.shape[1:]), out.reshape(latents.shape)
 
     @property
     def sampler(self) -> DDIMSampler:
@@ -144,6 +154,7 @@ def make_policy(
     *,
     log_prob_reduction: Reduction = "mean",
     keep_distribution: bool = False,
+    keep_model_output: bool = False,
 ) -> ProbabilisticActor:
     """The denoising policy N(mu_theta(x_t, i, prompt), sigma_i^2 I).
 
@@ -158,16 +169,19 @@ def make_policy(
             belongs, or "sum", the true log-probability, whose ratio leaves any clip range D times as fast.
         keep_distribution: write `loc` and `scale` too, as much again as the latents, for losses that ask
             (`KLPENPPOLoss`).
+        keep_model_output: also write the network's guided output, which the trust region of `NablaDBLoss` reads and
+            which is as large as the latents again.
 
     Returns:
-        An actor that reads `latents`, `step`, `prompt_id` and writes `action` and `action_log_prob`.
+        An actor that reads `latents`, `step`, `prompt_id` and writes `action`, `action_log_prob` and, if asked for,
+        `model_output`.
     """
     if log_prob_reduction not in ("mean", "sum"):
         raise ValueError(f"log_prob_reduction is {log_prob_reduction!r}; choose 'mean' or 'sum'")
     mean = TensorDictModule(
         DenoisingMean(backbone, sampler, conditioning),
         in_keys=["latents", "step", "prompt_id"],
-        out_keys=["loc", "scale"],
+        out_keys=["loc", "scale", "model_output"],
     )
     policy = ProbabilisticActor(
         mean,
@@ -181,11 +195,23 @@ def make_policy(
         return_log_prob=True,
         default_interaction_type=InteractionType.RANDOM,
     )
-    if not keep_distribution:
-        policy.select_out_keys("action", "action_log_prob")
+    # A collector would store mean and scale of every step, as much as the latents again.
+    kept = ["action", "action_log_prob"]
+    kept += ["loc", "scale"] * keep_distribution + ["model_output"] * keep_model_output
+    policy.select_out_keys(*kept)
     return policy
 
 
 def denoising_mean(policy: ProbabilisticActor) -> DenoisingMean:
-    """The network, sampler and prompts inside a policy of `make_policy`, for losses that need more than its steps."""
-    return policy.module[0].module
+    """The network part of a policy made by `make_policy`.
+
+    Raises:
+        TypeError: `policy` was made otherwise.
+    """
+    found = [module for module in policy.modules() if isinstance(module, DenoisingMean)]
+    if len(found) != 1:
+        raise TypeError(
+            f"the policy ({type(policy).__name__}) holds {len(found)} denoising networks, expected 1; make it with "
+            "`make_policy`"
+        )
+    return found[0]

@@ -136,7 +136,7 @@ class RewardBackpropLoss(LossModule):
     def _reparametrised(self, x_t: Tensor, step: Tensor, prompt_id: Tensor, noise: Tensor) -> Tensor:
         # The parameters go in here rather than around the loop: a checkpoint runs this again in the backward pass.
         with self.actor_network_params.to_module(self.actor_network):
-            mean, std = denoising_mean(self.actor_network)(x_t, step[:, None], prompt_id[:, None])
+            mean, std, _ = denoising_mean(self.actor_network)(x_t, step[:, None], prompt_id[:, None])
         return mean + std * noise
 
 

@@ -22,6 +22,9 @@ KEPT_KEYS = (
     "action_log_prob",
     "loc",
     "scale",
+    "model_output",
+    "reward_grad",
+    ("next", "reward_grad"),
     ("next", "reward"),
     ("next", "done"),
     ("next", "terminated"),
@@ -43,13 +46,25 @@ def share_latents(rollout: TensorDictBase) -> TensorDictBase:
 class TransitionSampler(SamplerWithoutReplacement):
     """Draws, for every trajectory anew, a random subset of its steps, and deals them out in random order.
 
-    This is DDPO's `timestep_fraction`; the subset is uniform, so the loss stays an unbiased share of the whole. For a
-    `TensorStorage` of B trajectories [B, T] with one storage dimension: torchrl 0.14 miscounts a storage that is given
-    its data and `ndim=2`, and would silently deal out the first few trajectories only.
+    This is DDPO's `timestep_fraction`: exactly `steps_per_trajectory` distinct steps of each trajectory, every step
+    equally likely, so the loss stays an unbiased share of the whole. For a `TensorStorage` of B trajectories [B, T]
+    with one storage dimension: torchrl 0.14 miscounts a storage that is given its data and `ndim=2`, and would silently
+    deal out the first few trajectories only.
     """
 
-    def __init__(self, steps: Sequence[int], fraction: float = 1.0) -> None:
+    def __init__(
+        self, steps: Sequence[int], fraction: float = 1.0, *, stratified: bool = False, always_last: bool = False
+    ) -> None:
         """Choose among `steps`, the decisions that may train (see `trainable_steps`).
+
+        Args:
+            steps: the decisions, each once.
+            fraction: share of them that trains, rounded to a number of steps, at least one.
+            stratified: divide the trajectory evenly: one step of each of as many equal bins of neighbours as steps are
+                drawn. Each step stays equally likely; what does not divide evenly is left out at random beforehand.
+            always_last: the latest of `steps` is always among them, the others are drawn from the rest. With
+                `stratified` this is how Nabla-DB draws (Liu et al. 2025, arXiv:2412.07775, the authors' code); the
+                last step then counts for more than its share.
 
         Raises:
             ValueError: nothing would be trained.
@@ -59,9 +74,11 @@ class TransitionSampler(SamplerWithoutReplacement):
             raise ValueError("there are no steps to train; give at least one, see `trainable_steps`")
         if not 0 < fraction <= 1:
             raise ValueError(f"timestep_fraction is {fraction}; it must lie in (0, 1]")
-        self._steps = torch.as_tensor(steps)
-        self._stride = int(self._steps.max()) + 1
+        ordered = torch.as_tensor(steps).sort().values
+        self._stride = int(ordered[-1]) + 1
         self.steps_per_trajectory = max(1, round(fraction * len(steps)))
+        self._always, self._steps = (ordered[-1:], ordered[:-1]) if always_last else (ordered[:0], ordered)
+        self._stratified = stratified
 
     def sample(self, storage: Storage, batch_size: int) -> tuple[tuple[Tensor, Tensor], dict]:
         """Indices (trajectory, step) of up to `batch_size` transitions."""
@@ -70,11 +87,21 @@ class TransitionSampler(SamplerWithoutReplacement):
 
     def _get_sample_list(self, storage: Storage | None, len_storage: int, batch_size: int) -> None:
         # The parent deals out `_sample_list`, here trajectory * stride + step; it asks again after each pass.
-        order = torch.rand(len_storage, len(self._steps), generator=self._rng).argsort(1)
-        steps = self._steps[order[:, : self.steps_per_trajectory]]
+        steps = torch.cat([self._draw(len_storage), self._always.expand(len_storage, -1)], 1)
         chosen = (steps + torch.arange(len_storage)[:, None] * self._stride).flatten()
         self._sample_list = chosen[torch.randperm(len(chosen), generator=self._rng)]
         self._remaining_batches = -(len(chosen) // -batch_size)
+
+    def _draw(self, trajectories: int) -> Tensor:
+        """Steps [trajectories, steps_per_trajectory], less the one that is always there."""
+        count = self.steps_per_trajectory - len(self._always)
+        order = torch.rand(trajectories, len(self._steps), generator=self._rng).argsort(1)
+        if not self._stratified or not count:
+            return self._steps[order[:, :count]]
+        size = len(self._steps) // count
+        bins = order[:, : count * size].sort(1).values.view(trajectories, count, size)
+        pick = torch.randint(size, (trajectories, count, 1), generator=self._rng)
+        return self._steps[bins.gather(2, pick).squeeze(2)]
 
 
 def trainable_steps(sampler: DDIMSampler, min_std: float = 0.0) -> list[int]:

@@ -10,6 +10,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import nn
 from torchrl.data import ReplayBuffer, TensorStorage
+from torchrl.envs import Transform
 from torchrl.objectives import LossModule
 
 from .rollout import TransitionSampler
@@ -29,6 +30,7 @@ def train(
     epochs: int = 1,
     micro_batch: int = 64,
     max_grad_norm: float = 1.0,
+    transform: Transform | None = None,
     checks: Iterable[Check] = (),
 ) -> Iterator[Metrics]:
     """Improve the policy that `collector` and `loss` share, one iteration a turn.
@@ -45,6 +47,8 @@ def train(
         micro_batch: transitions that go through the network at a time; gradients are summed to the mean over the
             optimiser step's transitions, so this bounds memory and changes nothing else.
         max_grad_norm: the gradient's global norm is clipped to this.
+        transform: what the buffer does to the transitions of an optimiser step when they are drawn, with the policy as
+            it then is; `RewardGradient` for Nabla-DB.
         checks: called once with the first transitions, before the first update; their results are logged.
 
     Yields:
@@ -66,6 +70,7 @@ def train(
             storage=TensorStorage(data),
             sampler=sampler,
             batch_size=-(-transitions // updates_per_epoch),
+            transform=transform,
         )
         sums: dict[str, list[float]] = defaultdict(list)
         for _ in range(epochs):

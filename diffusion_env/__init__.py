@@ -2,21 +2,25 @@
 
 from .backbones import LoRA, StableDiffusionBackbone
 from .conditioning import ConditioningCache
+from .correction import CorrectionUNet
 from .embedded import embedded_folder
 from .env import DenoisingEnv, checked_reward
 from .gym import GymDenoisingEnv
 from .prompts import load_prompts, prompt_set
-from .samplers import DDIMSampler, GaussianStep, Reduction, normal_kl, normal_log_prob
+from .samplers import DDIMSampler, GaussianStep, NoisingStep, Reduction, StepCoefficients, normal_kl, normal_log_prob
 
 __all__ = [
     "ConditioningCache",
+    "CorrectionUNet",
     "DDIMSampler",
     "DenoisingEnv",
     "GaussianStep",
     "GymDenoisingEnv",
     "LoRA",
+    "NoisingStep",
     "Reduction",
     "StableDiffusionBackbone",
+    "StepCoefficients",
     "checked_reward",
     "embedded_folder",
     "load_prompts",

@@ -25,6 +25,21 @@ class GaussianStep(NamedTuple):
     std: Tensor
 
 
+class StepCoefficients(NamedTuple):
+    """A step x_prev ~ N(x * x_t + out * output, std^2 I) in numbers, each [B, 1, ...] broadcasting over the latent."""
+
+    x: Tensor
+    out: Tensor
+    std: Tensor
+
+
+class NoisingStep(NamedTuple):
+    """One step of the forward process, x_t ~ N(scale * x_prev, std^2 I), each [B, 1, ...]."""
+
+    scale: Tensor
+    std: Tensor
+
+
 class NoisedLatents(NamedTuple):
     """Latents `x_t` [B, *latent] at some noise level and the `target` that the network should output there."""
 
@@ -40,15 +55,21 @@ class DDIMSampler(nn.Module):
 
     Attributes:
         timesteps: int64 [T], the training timestep of each decision.
-        mean_out: float32 [T], b of each decision, what the network's output is multiplied by in the mean.
+        mean_x: float32 [T], a of each decision, the factor of x_t in the step's mean.
+        mean_out: float32 [T], b of each decision, the factor of the network's output in the step's mean.
         std: float32 [T], sigma of each decision.
+        signal_power: float32 [T + 1], squared share of the image in the latents before each decision (alpha_bar), 1 in
+            the finished ones.
         has_density: bool [T] on the CPU; False where sigma is 0 and a log-probability does not exist.
     """
 
     timesteps: Tensor
-    _mean_x: Tensor
+    mean_x: Tensor
     mean_out: Tensor
     std: Tensor
+    signal_power: Tensor
+    _noising_scale: Tensor
+    _noising_std: Tensor
     _x0_x: Tensor
     _x0_out: Tensor
     _alphas_cumprod: Tensor
@@ -87,9 +108,12 @@ class DDIMSampler(nn.Module):
         self.has_density = std > 0
         self._all_have_density = bool(self.has_density.all())
         for name, table in {
-            "_mean_x": alpha_prev.sqrt() * x0_x + direction * eps_x,
+            "mean_x": alpha_prev.sqrt() * x0_x + direction * eps_x,
             "mean_out": alpha_prev.sqrt() * x0_out + direction * eps_out,
             "std": std,
+            "signal_power": torch.cat([alpha, torch.ones_like(alpha[:1])]),
+            "_noising_scale": (alpha / alpha_prev).sqrt(),
+            "_noising_std": (1 - alpha / alpha_prev).sqrt(),
             "_x0_x": x0_x,
             "_x0_out": x0_out,
             "_alphas_cumprod": alphas,
@@ -123,8 +147,19 @@ class DDIMSampler(nn.Module):
         Returns:
             Mean and standard deviation, float32.
         """
-        mean = _at(self._mean_x, i, x_t) * x_t.float() + _at(self.mean_out, i, x_t) * out.float()
-        return GaussianStep(mean, _at(self.std, i, x_t))
+        step = self.coefficients(i, x_t)
+        return GaussianStep(step.x * x_t.float() + step.out * out.float(), step.std)
+
+    def coefficients(self, i: Tensor, like: Tensor) -> StepCoefficients:
+        """The numbers of decisions `i` (int64 [B]), shaped to multiply latents `like` [B, *latent]."""
+        return StepCoefficients(_at(self.mean_x, i, like), _at(self.mean_out, i, like), _at(self.std, i, like))
+
+    def noising(self, i: Tensor, like: Tensor) -> NoisingStep:
+        """The forward process across decisions `i` (int64 [B]), from the latents after them to those before.
+
+        The Markov chain of DDPM (Ho et al. 2020, arXiv:2006.11239, eq. 2), whatever `eta` is.
+        """
+        return NoisingStep(_at(self._noising_scale, i, like), _at(self._noising_std, i, like))
 
     def to_x0(self, x_t: Tensor, out: Tensor, i: Tensor) -> Tensor:
         """One-step prediction of the clean latents from `x_t` and the network's output at decision `i`."""

@@ -205,3 +205,37 @@ def test_recomputed_log_probs_are_the_stored_ones(trained_backbone):
         torch.testing.assert_close(
             RecomputeLogProb(policy, micro_batch)(wrong)["action_log_prob"], stored, rtol=1e-5, atol=1e-5
         )
+
+
+def test_stratified_steps_are_one_of_each_bin_and_equally_likely():
+    torch.manual_seed(0)
+    trajectories, passes = 20, 150
+    for length, fraction, count in ((9, 1 / 3, 3), (8, 0.375, 3), (5, 0.8, 4), (4, 1.0, 4)):
+        sampler = TransitionSampler(range(length), fraction, stratified=True)
+        assert sampler.steps_per_trajectory == count
+        buffer = buffer_of(trajectories, length, sampler, 1000)
+        counts = torch.zeros(length)
+        for _ in range(passes):
+            pairs = one_pass(buffer)
+            assert len(set(pairs)) == len(pairs) == trajectories * count, "exactly that many, each once"
+            for trajectory in range(trajectories):
+                steps = sorted(step for t, step in pairs if t == trajectory)
+                counts[steps] += 1
+                if length % count == 0:
+                    assert [step // (length // count) for step in steps] == list(range(count))
+        expected = trajectories * passes * count / length
+        assert (counts - expected).abs().max() <= 5 * (expected * (1 - count / length)) ** 0.5, (length, count)
+
+
+@pytest.mark.parametrize("stratified", [False, True])
+def test_the_last_step_is_always_there_and_once(stratified):
+    torch.manual_seed(0)
+    steps = [7, 0, 2, 3, 5]  # in any order; 7 is the latest
+    for fraction, count in ((0.2, 1), (0.4, 2), (0.6, 3), (1.0, 5)):
+        sampler = TransitionSampler(steps, fraction, stratified=stratified, always_last=True)
+        buffer = buffer_of(30, 9, sampler, 1000)
+        pairs = one_pass(buffer)
+        assert len(set(pairs)) == len(pairs) == 30 * count
+        assert sorted(t for t, step in pairs if step == 7) == list(range(30))
+        others = {step for _, step in pairs} - {7}
+        assert others == ({0, 2, 3, 5} if count > 1 else set())

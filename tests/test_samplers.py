@@ -122,3 +122,29 @@ def test_reductions_differ_by_the_number_of_elements():
     x, mean = torch.randn(2, 3, 4, 8, 8)
     std = torch.rand(3, 1, 1, 1) + 0.1
     torch.testing.assert_close(normal_log_prob(x, mean, std, "sum") / 256, normal_log_prob(x, mean, std, "mean"))
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_public_numbers_are_those_of_the_step(prediction):
+    config = STABLE_DIFFUSION | {"prediction_type": prediction}
+    sampler = DDIMSampler(config, 10, 0.7)
+    x, out = torch.randn(2, 10, 4, 8, 8)
+    i = torch.arange(10)
+    step, coefficients = sampler.step(x, out, i), sampler.coefficients(i, x)
+    assert torch.equal(step.mean, coefficients.x * x + coefficients.out * out)
+    assert torch.equal(step.std, coefficients.std)
+    for table, number in zip((sampler.mean_x, sampler.mean_out, sampler.std), coefficients, strict=True):
+        assert torch.equal(number, table[:, None, None, None])
+    alphas = DDIMScheduler.from_config(config).alphas_cumprod
+    torch.testing.assert_close(sampler.signal_power, torch.cat([alphas[sampler.timesteps], torch.ones(1)]))
+
+
+def test_noising_undoes_the_steps():
+    """From the clean latents through every noising step to the marginal of DDPM (Ho et al. 2020, eq. 4)."""
+    sampler = DDIMSampler(STABLE_DIFFUSION | {"set_alpha_to_one": True, "steps_offset": 1}, 10)
+    signal, variance = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)
+    for i in reversed(range(10)):
+        noising = sampler.noising(torch.tensor([i]), signal)
+        signal, variance = noising.scale * signal, noising.scale**2 * variance + noising.std**2
+        torch.testing.assert_close(signal.flatten() ** 2, sampler.signal_power[i : i + 1])
+        torch.testing.assert_close(variance.flatten(), 1 - sampler.signal_power[i : i + 1])
