@@ -1,6 +1,6 @@
 """How a denoising policy is improved: one file, one method, one paper."""
 
-from .advantage import NoiseAwareWeight, PromptAdvantage
+from .advantage import PromptAdvantage
 from .critic import CriticAdvantage, RestoreNext, make_critic
 from .evaluation import Evaluation, Evaluator
 from .experiment import Experiment, Optimisation, summary
@@ -27,7 +27,6 @@ __all__ = [
     "Experiment",
     "ExponentialWeights",
     "NablaDBLoss",
-    "NoiseAwareWeight",
     "OnPolicyRatioCheck",
     "Optimisation",
     "PromptAdvantage",

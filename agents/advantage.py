@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
 
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
-
-from diffusion_env import DDIMSampler
 
 
 class PromptAdvantage(nn.Module):
@@ -68,29 +65,3 @@ class PromptAdvantage(nn.Module):
     def set_extra_state(self, state: dict[int, list[float]]) -> None:
         """Restore what `get_extra_state` returned."""
         self._rewards = {prompt: deque(rewards, maxlen=self._buffer_size) for prompt, rewards in state.items()}
-
-
-class NoiseAwareWeight(nn.Module):
-    """Weights each step's advantage so that all steps pull equally at the network (He et al. 2025, arXiv:2508.04324).
-
-    The score of step i is the sampling noise times b_i / sigma_i times the network's Jacobian. With eta = 1 that factor
-    grows tenfold from the first step to the last but one, so that without weights the gradient, and its noise, is
-    nearly all about the last touches, and what the early steps decide (layout, style) is hardly learned. The weights
-    are sigma_i / |b_i|, scaled to a mean of 1 over the trained steps.
-    """
-
-    weight: Tensor
-
-    def __init__(self, sampler: DDIMSampler, steps: Sequence[int]) -> None:
-        """Weights for `steps` of `sampler`, the decisions that train; the others are left as they are."""
-        super().__init__()
-        index = torch.as_tensor(steps)
-        weight = torch.ones(sampler.num_steps)
-        ratio = sampler.std.cpu()[index] / sampler.mean_out.cpu()[index].abs()
-        weight[index] = ratio / ratio.mean()
-        self.register_buffer("weight", weight, persistent=False)
-
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Multiply `advantage` [..., 1] by the weight of `step` [..., 1]."""
-        weight = self.weight.to(tensordict["advantage"].device)[tensordict["step"]]
-        return tensordict.set("advantage", tensordict["advantage"] * weight)

@@ -11,6 +11,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import nn
 from torchrl.collectors import Collector
+from torchrl.envs import Transform
 from torchrl.modules import ProbabilisticActor
 from torchrl.objectives import LossModule
 from tqdm import tqdm
@@ -65,6 +66,8 @@ class Experiment:
     sampler: TransitionSampler
     optimisation: Optimisation
     evaluate_every: int
+    transform: Transform | None = None
+    """What is done to the transitions of an optimiser step when they are drawn, see `train`."""
 
     def run(
         self, loss: LossModule, folder: RunFolder, *, checks: Sequence[Check] = ()
@@ -93,6 +96,7 @@ class Experiment:
             epochs=settings.epochs,
             micro_batch=settings.micro_batch,
             max_grad_norm=settings.max_grad_norm,
+            transform=self.transform,
             checks=checks,
         )
         images = self.collector.env.batch_size[0]

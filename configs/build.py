@@ -7,13 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch import nn
 
 import rewards
 from agents import (
     Evaluator,
     Experiment,
-    NoiseAwareWeight,
     PromptAdvantage,
     RecomputeLogProb,
     RunFolder,
@@ -64,11 +62,6 @@ def build_experiment(settings: RunSettings) -> Experiment:
         backbone, sampler, backbone.conditioning(prompts), log_prob_reduction=training.log_prob_reduction
     )
     steps = trainable_steps(sampler, training.min_step_std)
-    advantage = nn.Sequential(
-        PromptAdvantage(buffer_size=training.advantage_buffer, min_count=training.advantage_min_count)
-    )
-    if training.step_weighting == "noise-aware":
-        advantage.append(NoiseAwareWeight(sampler, steps))
     env = DenoisingEnv(
         backbone,
         sampling.num_steps,
@@ -87,7 +80,7 @@ def build_experiment(settings: RunSettings) -> Experiment:
         reward=reward,
         collector=make_collector(env, policy, iterations=training.iterations),
         evaluator=Evaluator(evaluation_env, samples_per_prompt=settings.evaluation_samples),
-        advantage=advantage,
+        advantage=PromptAdvantage(buffer_size=training.advantage_buffer, min_count=training.advantage_min_count),
         prepare=[RecomputeLogProb(policy, training.micro_batch)] if training.recompute_log_prob else [],
         sampler=TransitionSampler(steps, training.timestep_fraction),
         optimisation=training,

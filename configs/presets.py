@@ -39,7 +39,6 @@ def sd15() -> RunSettings:
             iterations=200,
             learning_rate=3e-4,
             clip_range=1e-4,
-            step_weighting="none",
             timestep_fraction=1.0,
             min_step_std=0.0,
             updates_per_epoch=2,

@@ -78,8 +78,6 @@ class TrainingSettings(Optimisation):
     """PPO's; it belongs to the reduction of the log-probability and the size of the latents."""
     log_prob_reduction: Literal["mean", "sum"] = "mean"
     """'mean' over the latent's elements as in DDPO's code, or the true 'sum'."""
-    step_weighting: Literal["none", "noise-aware"] = "noise-aware"
-    """'none' as in DDPO, or every step's pull at the network made equal, see `agents.NoiseAwareWeight`."""
     timestep_fraction: float = 0.5
     """Share of each trajectory's steps that train, drawn anew each time."""
     min_step_std: float = 0.05

@@ -24,6 +24,7 @@ RUNS = {
     "draft_aesthetic.py": "style-preference",
     "refl_aesthetic.py": "style-preference",
     "rwr_compressibility.py": "jpeg-compressibility",
+    "nabla_db_aesthetic.py": "style-preference",
 }
 
 
