@@ -18,7 +18,17 @@ def score(reward: Reward, denoiser: DenoisingMean, clean: Tensor, prompt_id: Ten
         ValueError: the reward is not one finite number an image.
     """
     prompts = [denoiser.conditioning.prompts[i] for i in prompt_id.tolist()]
-    values = reward(denoiser.backbone.decode(clean), prompts)
+    return score_images(reward, denoiser.backbone.decode(clean), prompts)
+
+
+def score_images(reward: Reward, images: Tensor, prompts: list[str]) -> Tensor:
+    """Rewards float32 [N] of images [N, 3, H, W], differentiable in them; in float32 also within autocast.
+
+    Raises:
+        ValueError: the reward is not one finite number an image.
+    """
+    with torch.autocast(images.device.type, enabled=False):
+        values = reward(images.float(), prompts)
     checked_reward(values, prompts)
     return values.float()
 
@@ -38,7 +48,7 @@ def check_differentiable(reward: Reward, denoiser: DenoisingMean) -> None:
                 "torch.no_grad() and .detach()"
             )
         says_so = not getattr(reward, "differentiable", True)  # any callable is a reward, most say nothing
-        if says_so or not reward(images, [denoiser.conditioning.prompts[0]]).requires_grad:
+        if says_so or not score_images(reward, images, [denoiser.conditioning.prompts[0]]).requires_grad:
             raise ValueError(
                 f"the reward {getattr(reward, 'name', type(reward).__name__)!r} is not differentiable: no gradient "
                 "reaches the images, and nothing would train. Take a differentiable reward, or a method that needs no "

@@ -8,8 +8,6 @@ Details: each sample's own prompt; the reward in float32, whatever the network c
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
@@ -17,11 +15,10 @@ from torchrl.data import Composite
 from torchrl.envs import Transform
 from torchrl.modules import ProbabilisticActor
 
-from diffusion_env import checked_reward
+from diffusion_env.env import Reward
 
+from .differentiable_reward import check_differentiable, score_images
 from .policy import denoising_mean
-
-Reward = Callable[[Tensor, list[str]], Tensor]
 
 
 class RewardGradient(Transform):
@@ -68,12 +65,6 @@ class RewardGradient(Transform):
         super().__init__(
             in_keys=["latents", "action", "step", "prompt_id"], out_keys=["reward_grad", ("next", "reward_grad")]
         )
-        # A plain function does not say; whether it has a gradient shows when it is called.
-        if not getattr(reward, "differentiable", True):
-            raise ValueError(
-                f"the reward {getattr(reward, 'name', type(reward).__name__)!r} is not differentiable, so there is no "
-                "reward gradient; choose a differentiable reward, or a policy-gradient loss such as ddpo_is_loss"
-            )
         if noisy_copies < 0 or noise_std < 0 or micro_batch < 1:
             raise ValueError(
                 f"noisy_copies={noisy_copies} and noise_std={noise_std} must be at least 0, micro_batch={micro_batch} "
@@ -81,6 +72,7 @@ class RewardGradient(Transform):
             )
         if max_norm is not None and max_norm <= 0:
             raise ValueError(f"max_norm is {max_norm}; it must be above 0, or None for no clipping")
+        check_differentiable(reward, denoising_mean(policy))
         self._tools = (denoising_mean(policy), reward)  # in a tuple: the policy's parameters are not the transform's
         self._jacobian, self._final_image, self._before = jacobian, final_image, before
         self._noisy_copies, self._noise_std, self._max_norm = noisy_copies, noise_std, max_norm
@@ -114,7 +106,7 @@ class RewardGradient(Transform):
             images = images.repeat_interleave(copies, 0)
             images = images + self._noise_std * torch.randn_like(images)
             prompts = [prompt for prompt in prompts for _ in range(copies)]
-        (gradient,) = torch.autograd.grad(self._score(images, prompts).sum() / copies, x)
+        (gradient,) = torch.autograd.grad(score_images(self._tools[1], images, prompts).sum() / copies, x)
         if self._max_norm is None:
             return gradient
         norm = gradient.flatten(1).norm(dim=1).view(-1, *[1] * (x.ndim - 1))
@@ -130,18 +122,6 @@ class RewardGradient(Transform):
         with torch.set_grad_enabled(self._jacobian):
             out = denoiser.output(x_t, denoiser.sampler.timesteps[i], prompt_id)
         return x.index_copy(0, noisy, denoiser.sampler.to_x0(x_t, out, i))
-
-    def _score(self, images: Tensor, prompts: list[str]) -> Tensor:
-        _, reward = self._tools
-        with torch.autocast(images.device.type, enabled=False):
-            values = reward(images.float(), prompts)
-        checked_reward(values, prompts)
-        if not values.requires_grad:
-            raise ValueError(
-                "the reward returned numbers without a gradient, although its images have one; compute it with "
-                "differentiable torch operations and without torch.no_grad, or choose another reward"
-            )
-        return values
 
     def _at_final_image(self, tensordict: TensorDictBase) -> Tensor:
         last = self._tools[0].sampler.num_steps - 1
