@@ -16,10 +16,10 @@ RESOLUTION = 96
 class StylePreference(nn.Module):
     """Prefers richly shaded, glossy drawings to flat ones: a linear head on frozen EfficientNet-Lite0 features.
 
-    The head ships with the package; `examples/pretraining/heads.py` trains it. Bradley-Terry on pairs of drawings of
-    one concept in two of six emoji styles, so that it cannot be about what is drawn: fluent-emoji ("3D") before noto,
-    noto-v1, twemoji, fluent-emoji-flat, fxemoji. Brightness, contrast, saturation and hue were changed at random on
-    each side of a pair, so that they do not tell the winner.
+    The head ships with the package; `examples/pretraining/heads.py` of commit 83d3e48 trained it. Bradley-Terry on
+    pairs of drawings of one concept in two of six emoji styles, so that it cannot be about what is drawn: fluent-emoji
+    ("3D") before noto, noto-v1, twemoji, fluent-emoji-flat, fxemoji. Brightness, contrast, saturation and hue were
+    changed at random on each side of a pair, so that they do not tell the winner.
 
     The score is affine in the features, hence without a ceiling; over the training drawings its mean is 0 and its
     standard deviation 1. On drawings held out of training:

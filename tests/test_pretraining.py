@@ -9,6 +9,7 @@ import torch
 from examples.pretraining.augment import compose, step_generator
 from examples.pretraining.captioned import COLOURS, Mixture, compose_scenes, list_scenes, training_pictures
 from examples.pretraining.emoji import Drawings
+from examples.pretraining.heads import damage
 from examples.pretraining.trainer import fit
 from examples.pretraining.unet import train_unet
 from examples.pretraining.vae import psnr, train_vae
@@ -67,6 +68,16 @@ def test_a_stopped_run_ends_with_the_weights_of_one_that_was_not(tmp_path):
     fit(resumed, loss_of(resumed), tmp_path / "stopped.pt", steps=30, learning_rate=1e-2, save_every=7)
     assert torch.equal(whole.weight, resumed.weight)
     assert not torch.equal(whole.weight, linear().weight)
+
+
+def test_damage_spares_no_picture(drawings):
+    images = compose(torch.from_numpy(drawings.rgba), step_generator(0, 0)).repeat(20, 1, 1, 1)
+    damaged = damage(images, step_generator(0, 1))
+    assert damaged.shape == images.shape
+    assert damaged.min() >= 0
+    assert damaged.max() <= 1
+    assert ((damaged - images).square().mean((1, 2, 3)) > 1e-4).all()
+    assert torch.equal(damaged, damage(images, step_generator(0, 1)))
 
 
 def test_captions_say_what_is_drawn(drawings):

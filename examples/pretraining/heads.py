@@ -1,10 +1,12 @@
-"""The head of the `StylePreference` reward: which of two drawings of the same thing is the more richly shaded.
+"""The head of the `StylePreference` reward: the more richly shaded of two drawings, the intact rather than the damaged.
 
     python -m examples.pretraining.heads
 
-About five minutes on one core. Bradley-Terry on pairs that differ in art style alone. Colours are changed at random
-and independently on the two sides of a pair, so that brightness, contrast, saturation and hue tell nothing about the
-winner; blur and noise, which an image decoded from latents has too, are the same on both sides.
+About five minutes on two cores. Bradley-Terry on pairs of two kinds. Two drawings of one thing in different art styles:
+colours are changed at random and independently on the two sides, so that brightness, contrast, saturation and hue tell
+nothing about the winner; blur and noise, which an image decoded from latents has too, are the same on both sides. And a
+drawing against a damaged copy of itself, as a diffusion model might draw it that has lost its shape: without these the
+reward is climbed by blurring.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ class Views:
     """What the head is trained on: `copies` random views of each of N drawings."""
 
     features: Tensor  # [copies, N, 1280]
+    damaged: Tensor  # [copies, N, 1280], of the same views damaged
     brightness: Tensor  # [copies, N]
     saturation: Tensor  # [copies, N]
 
@@ -55,24 +58,27 @@ def train_style_preference(
     """
     drawings = drawings.select(~drawings.held_out & np.isin(drawings.style, RANKING))
     views = random_views(drawings, LiteFeatures("lite0", resolution=RESOLUTION), copies=copies, seed=seed)
-    save_file(fit_preference(views.features, ranked_pairs(drawings), ridge=ridge), path)
+    save_file(fit_preference(views.features, views.damaged, ranked_pairs(drawings), ridge=ridge), path)
 
 
-def fit_preference(features: Tensor, pairs: Tensor, *, ridge: float) -> dict[str, Tensor]:
+def fit_preference(features: Tensor, damaged: Tensor, pairs: Tensor, *, ridge: float) -> dict[str, Tensor]:
     """The linear head's weights, scaled to scores of mean 0 and standard deviation 1 over `features` [copies, N, 1280].
 
-    Minimises the Bradley-Terry loss plus `ridge` times the squared norm: convex, so L-BFGS from zero finds the one
+    Minimises the Bradley-Terry loss over `pairs` (better, worse) [P, 2] of drawings, the same over every drawing and
+    its `damaged` copy [copies, N, 1280], and `ridge` times the squared norm: convex, so L-BFGS from zero finds the one
     optimum.
     """
     centre, spread = features.mean((0, 1)), features.std((0, 1)) + 1e-3
-    inputs = (features - centre) / spread
+    inputs, broken = (features - centre) / spread, (damaged - centre) / spread
     weight = nn.Parameter(torch.zeros(inputs.shape[-1]))
     optimizer = torch.optim.LBFGS([weight], max_iter=300, history_size=20, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimizer.zero_grad()
         scores = inputs @ weight
-        loss = F.softplus(scores[:, pairs[:, 1]] - scores[:, pairs[:, 0]]).mean() + ridge * weight.square().sum()
+        styles = F.softplus(scores[:, pairs[:, 1]] - scores[:, pairs[:, 0]]).mean()
+        damages = F.softplus(broken @ weight - scores).mean()
+        loss = styles + damages + ridge * weight.square().sum()
         loss.backward()
         return loss
 
@@ -109,6 +115,8 @@ def evaluate_style_preference(
         "fluent-emoji over fluent-emoji-flat": share_won(("fluent-emoji", "fluent-emoji-flat"), held_out_only=True),
     }
     result |= {f"{style} over emojione": share_won((style, "emojione"), held_out_only=False) for style in RANKING}
+    damaged = reward.score_features(views.damaged)
+    result["drawing over its damaged copy"] = (scores > damaged)[:, new].float().mean().item()
     result["correlation with brightness"] = correlation(scores[:, new], views.brightness[:, new])
     result["correlation with saturation"] = correlation(scores[:, new], views.saturation[:, new])
     return result
@@ -131,7 +139,7 @@ def random_views(
     """Features of `copies` random views of each drawing; blur and noise are shared by a concept's drawings."""
     rgba = torch.from_numpy(drawings.rgba)
     concept = torch.from_numpy(np.unique(drawings.concept, return_inverse=True)[1])
-    columns: list[tuple[Tensor, Tensor, Tensor]] = []
+    columns: list[tuple[Tensor, ...]] = []
     for copy in tqdm(range(copies), desc="views", mininterval=5):
         generator = step_generator(seed, copy)
         blur, noise = torch.rand(2, int(concept.max()) + 1, generator=generator)[:, concept]
@@ -140,7 +148,8 @@ def random_views(
             if colours:
                 images = change_colours(images, generator)
             images = soften(images, blur[chunk], 0.03 * noise[chunk], generator)
-            columns.append((features(images), images.mean((1, 2, 3)), saturation(images)))
+            damaged = features(damage(images, generator))
+            columns.append((features(images), damaged, images.mean((1, 2, 3)), saturation(images)))
     stacked = [torch.cat(column).unflatten(0, (copies, len(rgba))) for column in zip(*columns, strict=True)]
     return Views(*stacked)
 
@@ -171,6 +180,26 @@ def soften(images: Tensor, sigma: Tensor, noise: Tensor, generator: torch.Genera
     blurred = F.conv2d(blurred, kernels[:, None, None, :], groups=len(kernels))
     blurred = F.conv2d(blurred, kernels[:, None, :, None], groups=len(kernels)).view_as(images)
     return (blurred + noise[:, None, None, None] * torch.randn(images.shape, generator=generator)).clamp(0, 1)
+
+
+def damage(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image blurred, warped, or covered with smooth colour noise, or several of these, by a random amount."""
+    batch, _, height, width = images.shape
+    blur, warp, noise = (torch.rand(batch, 1, 1, 1, generator=generator) for _ in range(3))
+    # Of the three amounts the largest is kept at least: every copy is visibly worse.
+    amounts = torch.cat([blur, warp, noise], 1)
+    blur, warp, noise = (amounts * ((amounts == amounts.amax(1, keepdim=True)) | (amounts > 0.6))).split(1, 1)
+
+    def smooth(channels: int, cells: int) -> Tensor:
+        coarse = torch.randn(batch, channels, cells, cells, generator=generator)
+        return F.interpolate(coarse, (height, width), mode="bicubic", align_corners=False)
+
+    grid = F.affine_grid(torch.eye(2, 3).expand(batch, 2, 3), [batch, 1, height, width], align_corners=False)
+    shift = (0.05 + 0.15 * warp) * (warp > 0) * smooth(2, 8)
+    warped = F.grid_sample(images, grid + shift.permute(0, 2, 3, 1), padding_mode="border", align_corners=False)
+    stained = warped + (0.04 + 0.1 * noise) * (noise > 0) * smooth(3, 16)
+    sigma = (1 + 2 * blur.flatten()) * (blur.flatten() > 0)
+    return soften(stained.clamp(0, 1), sigma, torch.zeros(batch), generator)
 
 
 def saturation(images: Tensor) -> Tensor:
