@@ -79,7 +79,7 @@ def main(settings: Settings) -> None:
             f"{word} judged {animal}": (seen_as[word_of == i] == ANIMALS.index(animal)).float().mean().item()
             for i, (word, animal) in enumerate(UNSEEN_WORDS.items())
         },
-        "vae_psnr": psnr(backbone.vae, drawings),
+        "vae_psnr": psnr(backbone.pipeline.vae, drawings),
         "reward_mean": few_steps.mean,
         "reward_std": few_steps.std,
         "reward_brightness": correlation(few_steps.rewards, few_steps.images.mean((1, 2, 3))),
