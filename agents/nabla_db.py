@@ -25,17 +25,17 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from tensordict import TensorDict, TensorDictBase, TensorDictParams
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import dispatch
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchrl.modules import ProbabilisticActor
-from torchrl.objectives import LossModule
 
 from diffusion_env import StepCoefficients
 
 from .policy import denoising_mean
+from .policy_loss import PolicyLoss
 from .scores import Evaluated, StepScores, Weighting, balance_scores, pull_back, residual_scores, step_weight
 
 
@@ -44,7 +44,7 @@ def matching(score: Tensor, target: Tensor | float, weight: Tensor | float) -> T
     return (weight * (score - target)).square().mean()
 
 
-class NablaDBLoss(LossModule):
+class NablaDBLoss(PolicyLoss):
     """Nabla-DB over transitions [*batch]; reads what the policy reads, `action` and what `RewardGradient` writes.
 
     Writes `loss_forward` and, where they are on, `loss_backward`, `loss_terminal`, `loss_trust_region`, each with its
@@ -59,9 +59,6 @@ class NablaDBLoss(LossModule):
 
     default_keys = _AcceptedKeys
     tensor_keys: _AcceptedKeys
-    actor_network: ProbabilisticActor
-    actor_network_params: TensorDictParams
-    target_actor_network_params: TensorDictParams
     _gamma: Tensor
 
     def __init__(
@@ -142,9 +139,6 @@ class NablaDBLoss(LossModule):
         gamma = sampler.signal_power**gamma_power
         gamma[self._last + 1 :] = 1
         self.register_buffer("_gamma", gamma, persistent=False)
-
-    def _forward_value_estimator_keys(self, **_: object) -> None:
-        """There is no value estimator."""
 
     @property
     def in_keys(self) -> list[NestedKey]:

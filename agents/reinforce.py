@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tensordict import TensorDict, TensorDictBase, TensorDictParams
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import dispatch
 from tensordict.utils import NestedKey
 from torch import Tensor
 from torchrl.modules import ProbabilisticActor
-from torchrl.objectives import LossModule
+
+from .policy_loss import PolicyLoss
 
 
 def score_function(log_prob: Tensor, advantage: Tensor) -> Tensor:
@@ -21,7 +22,7 @@ def score_function(log_prob: Tensor, advantage: Tensor) -> Tensor:
     return -(log_prob * advantage).mean()
 
 
-class ScoreFunctionLoss(LossModule):
+class ScoreFunctionLoss(PolicyLoss):
     """`score_function` over transitions; reads what the policy reads, `action` and `advantage`.
 
     Writes `loss_objective`.
@@ -34,18 +35,12 @@ class ScoreFunctionLoss(LossModule):
 
     default_keys = _AcceptedKeys
     tensor_keys: _AcceptedKeys
-    actor_network: ProbabilisticActor
-    actor_network_params: TensorDictParams
-    target_actor_network_params: TensorDictParams
     out_keys = ["loss_objective"]
 
     def __init__(self, policy: ProbabilisticActor) -> None:
         """Train `policy`."""
         super().__init__()
         self.convert_to_functional(policy, "actor_network")
-
-    def _forward_value_estimator_keys(self, **_: object) -> None:
-        """There is no value estimator."""
 
     @property
     def in_keys(self) -> list[NestedKey]:

@@ -18,22 +18,21 @@ that give no gradient because their reward exceeds c.
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
-from tensordict import TensorDict, TensorDictBase, TensorDictParams
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import dispatch
 from tensordict.utils import NestedKey
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torchrl.modules import ProbabilisticActor
-from torchrl.objectives import LossModule
 
 from diffusion_env.env import Reward
 
 from .differentiable_reward import check_differentiable, score
 from .policy import denoising_mean
+from .policy_loss import PolicyLoss
 from .rollout import TransitionSampler
 
 
@@ -42,8 +41,8 @@ def clipped_shortfall(reward: Tensor, ceiling: float) -> Tensor:
     return (ceiling - reward).relu().mean()
 
 
-class RewardBackpropLoss(LossModule):
-    """What the losses of this file share; each says where it starts and how it gets clean latents from there.
+class RewardBackpropLoss(PolicyLoss):
+    """What the losses of this file share; each says where it starts and, if not by sampling, how it gets clean latents.
 
     Reads states [N]: `latents`, `step`, `prompt_id`. The steps it may start from are `start_steps`, one a trajectory;
     `transition_sampler()` draws them. Noise is drawn anew, so that the images are those of the current policy.
@@ -57,9 +56,6 @@ class RewardBackpropLoss(LossModule):
 
     default_keys = _AcceptedKeys
     tensor_keys: _AcceptedKeys
-    actor_network: ProbabilisticActor
-    actor_network_params: TensorDictParams
-    target_actor_network_params: TensorDictParams
     out_keys = ["loss_objective", "backprop_reward"]
 
     def __init__(
@@ -74,11 +70,9 @@ class RewardBackpropLoss(LossModule):
         self.convert_to_functional(policy, "actor_network")
         self.start_steps = start_steps
         self._checkpointing = gradient_checkpointing
-        self._reward = (reward,)  # in a tuple: a scorer's weights are not what trains
-        check_differentiable(reward, denoising_mean(policy))
-
-    def _forward_value_estimator_keys(self, **_: object) -> None:
-        """There is no value estimator."""
+        # In a tuple: the denoiser's parameters are listed as the policy's, a scorer's weights are not what trains.
+        self._tools = (denoising_mean(policy), reward)
+        check_differentiable(reward, self._tools[0])
 
     @property
     def in_keys(self) -> list[NestedKey]:
@@ -89,9 +83,9 @@ class RewardBackpropLoss(LossModule):
         """For the loop: from each trajectory one state, its step drawn uniformly from `start_steps`."""
         return TransitionSampler(self.start_steps, 1 / len(self.start_steps))
 
-    @abstractmethod
     def clean_latents(self, latents: Tensor, step: Tensor, prompt_id: Tensor) -> Tensor:
-        """What is scored, differentiable in the policy: [k N, *latent] for some k, from states [N]."""
+        """What is scored, differentiable in the policy: [k N, *latent] for some k, from states [N]. Here samples."""
+        return self._denoised(latents, step, prompt_id)
 
     def objective(self, reward: Tensor) -> TensorDict:
         """`loss_objective` and metrics of rewards [N]."""
@@ -105,7 +99,8 @@ class RewardBackpropLoss(LossModule):
         prompt_id = tensordict[self.tensor_keys.prompt_id].reshape(-1)
         clean = self.clean_latents(latents, self._checked(step.reshape(-1)), prompt_id)
         prompts = prompt_id.repeat(len(clean) // len(prompt_id))
-        return self.objective(score(self._reward[0], denoising_mean(self.actor_network), clean, prompts))
+        denoiser, reward = self._tools
+        return self.objective(score(reward, denoiser, clean, prompts))
 
     def _checked(self, step: Tensor) -> Tensor:
         """`step` on the CPU, where the number of steps to take is decided."""
@@ -119,9 +114,9 @@ class RewardBackpropLoss(LossModule):
         return step
 
     def _denoised(self, latents: Tensor, step: Tensor, prompt_id: Tensor) -> Tensor:
-        """Clean latents [N, *latent], each row from its own step on (int64 [N], on the CPU)."""
+        """Samples [N, *latent], each row from its own `step` (int64 [N], CPU) on; late rows wait for early ones."""
         x_t = latents
-        for i in range(int(step.min()), denoising_mean(self.actor_network).sampler.num_steps):
+        for i in range(int(step.min()), self._tools[0].sampler.num_steps):
             rows = (step <= i).nonzero()[:, 0].to(x_t.device)
             x_t = x_t.index_copy(0, rows, self._next(x_t[rows], i, prompt_id[rows]))
         return x_t
@@ -136,7 +131,7 @@ class RewardBackpropLoss(LossModule):
     def _reparametrised(self, x_t: Tensor, step: Tensor, prompt_id: Tensor, noise: Tensor) -> Tensor:
         # The parameters go in here rather than around the loop: a checkpoint runs this again in the backward pass.
         with self.actor_network_params.to_module(self.actor_network):
-            mean, std, _ = denoising_mean(self.actor_network)(x_t, step[:, None], prompt_id[:, None])
+            mean, std, _ = self._tools[0](x_t, step[:, None], prompt_id[:, None])
         return mean + std * noise
 
 
@@ -155,10 +150,6 @@ class DRaFTLoss(RewardBackpropLoss):
         start_steps = _start_steps(policy, backprop_steps, backprop_steps)
         super().__init__(policy, reward, start_steps, gradient_checkpointing=gradient_checkpointing)
 
-    def clean_latents(self, latents: Tensor, step: Tensor, prompt_id: Tensor) -> Tensor:
-        """Samples [N, *latent]."""
-        return self._denoised(latents, step, prompt_id)
-
 
 class AlignPropLoss(RewardBackpropLoss):
     """AlignProp: DRaFT-K with K drawn for each trajectory once, uniformly from `min_steps` to `max_steps`."""
@@ -176,10 +167,6 @@ class AlignPropLoss(RewardBackpropLoss):
         start_steps = _start_steps(policy, min_steps, max_steps)
         super().__init__(policy, reward, start_steps, gradient_checkpointing=gradient_checkpointing)
 
-    def clean_latents(self, latents: Tensor, step: Tensor, prompt_id: Tensor) -> Tensor:
-        """Samples [N, *latent]; rows that start late wait for those that start early."""
-        return self._denoised(latents, step, prompt_id)
-
 
 class DRaFTLVLoss(RewardBackpropLoss):
     """DRaFT-LV: the last step's gradient, from the sampler's last latents and from fresh ones at the same noise."""
@@ -194,7 +181,7 @@ class DRaFTLVLoss(RewardBackpropLoss):
     def clean_latents(self, latents: Tensor, step: Tensor, prompt_id: Tensor) -> Tensor:
         """Samples [(1 + noises) N, *latent], the sampler's own first."""
         own = self._denoised(latents, step, prompt_id)
-        sampler, last = denoising_mean(self.actor_network).sampler, self.start_steps[0]
+        sampler, last = self._tools[0].sampler, self.start_steps[0]
         clean, prompts = own.detach().repeat(self._noises, *[1] * (own.ndim - 1)), prompt_id.repeat(self._noises)
         timestep = sampler.timesteps[last].expand(len(clean))
         noisy = sampler.add_noise(clean, torch.randn_like(clean), timestep).x_t
@@ -222,7 +209,7 @@ class ReFLLoss(RewardBackpropLoss):
 
     def clean_latents(self, latents: Tensor, step: Tensor, prompt_id: Tensor) -> Tensor:
         """One-step predictions [N, *latent]."""
-        mean = denoising_mean(self.actor_network)
+        mean = self._tools[0]
         i = step.to(latents.device)
         with self.actor_network_params.to_module(self.actor_network):
             out = mean.output(latents, mean.sampler.timesteps[i], prompt_id)

@@ -18,14 +18,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from tensordict import TensorDict, TensorDictBase, TensorDictParams
+from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import dispatch
 from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torchrl.modules import ProbabilisticActor
-from torchrl.objectives import LossModule
 
 from .policy import denoising_mean
+from .policy_loss import PolicyLoss
 from .rollout import TransitionSampler
 
 
@@ -92,7 +92,7 @@ class BestTrajectories(nn.Module):
         return _with_weight(tensordict[kept], torch.ones_like(rewards[kept]))
 
 
-class RWRLoss(LossModule):
+class RWRLoss(PolicyLoss):
     """`weighted_regression` over finished images: transitions of the last step, their `action` the clean latents.
 
     Reads `action`, `step`, `prompt_id` and the `weight` that `ExponentialWeights` or `BestTrajectories` wrote; draws
@@ -108,19 +108,14 @@ class RWRLoss(LossModule):
 
     default_keys = _AcceptedKeys
     tensor_keys: _AcceptedKeys
-    actor_network: ProbabilisticActor
-    actor_network_params: TensorDictParams
-    target_actor_network_params: TensorDictParams
     out_keys = ["loss_objective", "denoising_error"]
 
     def __init__(self, policy: ProbabilisticActor) -> None:
         """Train `policy`'s network."""
         super().__init__()
         self.convert_to_functional(policy, "actor_network")
-        self._last_step = denoising_mean(policy).sampler.num_steps - 1
-
-    def _forward_value_estimator_keys(self, **_: object) -> None:
-        """There is no value estimator."""
+        self._denoiser = (denoising_mean(policy),)  # in a tuple: its parameters are listed as the policy's
+        self._last_step = self._denoiser[0].sampler.num_steps - 1
 
     @property
     def in_keys(self) -> list[NestedKey]:
@@ -150,7 +145,7 @@ class RWRLoss(LossModule):
             raise ValueError(
                 f"weight has shape {tuple(weight.shape)}, expected {tuple(step.shape)}: one weight a transition, [N, 1]"
             )
-        denoiser = denoising_mean(self.actor_network)
+        denoiser = self._denoiser[0]
         timestep = torch.randint(denoiser.sampler.num_train_timesteps, (len(clean),), device=clean.device)
         noised = denoiser.sampler.add_noise(clean, torch.randn_like(clean), timestep)
         with self.actor_network_params.to_module(self.actor_network):

@@ -1,7 +1,7 @@
 """Settings, named presets, and the functions that build objects from them."""
 
 from .build import build_backbone, build_experiment, build_folder, build_reward
-from .presets import PRESETS, parse_settings
+from .presets import PRESETS, backpropagating, parse_settings
 from .schema import ModelSettings, RunSettings, SamplingSettings, TrainingSettings
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "RunSettings",
     "SamplingSettings",
     "TrainingSettings",
+    "backpropagating",
     "build_backbone",
     "build_experiment",
     "build_folder",

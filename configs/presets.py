@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import tyro
@@ -47,6 +48,22 @@ def sd15() -> RunSettings:
             recompute_log_prob=True,
         ),
     )
+
+
+def backpropagating(preset: RunSettings, output: Path) -> RunSettings:
+    """`preset` for losses that backpropagate the reward: one update an iteration, on data of the current policy.
+
+    Few states at a time: images are decoded with gradients.
+    """
+    training = replace(
+        preset.training,
+        learning_rate=preset.training.learning_rate / 2,  # at PPO's, images break within ten iterations
+        updates_per_epoch=1,
+        epochs=1,
+        micro_batch=min(16, preset.training.micro_batch),
+        recompute_log_prob=False,
+    )
+    return replace(preset, output=output, training=training)
 
 
 PRESETS = {"embedded": embedded, "sd15": sd15}

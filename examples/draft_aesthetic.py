@@ -7,10 +7,11 @@ Clark et al. 2023, "Directly Fine-Tuning Diffusion Models on Differentiable Rewa
 """
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from agents import DRaFTLoss, summary
-from configs import RunSettings, build_experiment, build_folder, parse_settings
+from configs import RunSettings, backpropagating, build_experiment, build_folder, parse_settings
 
 BACKPROP_STEPS = 2
 
@@ -26,18 +27,5 @@ def main(settings: RunSettings) -> None:
     print(summary(before, after, folder))
 
 
-def on_policy(preset: RunSettings) -> RunSettings:
-    """The preset with a single update an iteration, and few states at a time: images are decoded with gradients."""
-    training = replace(
-        preset.training,
-        learning_rate=preset.training.learning_rate / 2,  # at PPO's, images break within ten iterations
-        updates_per_epoch=1,
-        epochs=1,
-        micro_batch=min(16, preset.training.micro_batch),
-        recompute_log_prob=False,
-    )
-    return replace(preset, output=Path("runs/draft_aesthetic"), training=training)
-
-
 if __name__ == "__main__":
-    main(parse_settings(__doc__, adapt=on_policy))
+    main(parse_settings(__doc__, adapt=partial(backpropagating, output=Path("runs/draft_aesthetic"))))
