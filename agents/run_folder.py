@@ -60,7 +60,7 @@ class RunFolder:
 
     def save_curve(self, baseline: Evaluation) -> None:
         """`reward_curve.png`: sampled and evaluated reward over iterations, beside the pretrained model's."""
-        plt = _pyplot()
+        plt = pyplot()
         figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
         iterations = [row["iteration"] for row in self._rows]
         reward = torch.tensor([row["reward"] for row in self._rows])
@@ -77,7 +77,7 @@ class RunFolder:
 
     def save_before_after(self, before: Evaluation, after: Evaluation, *, columns: int = 9) -> None:
         """`before_after.png`: the first image of each of 2 x `columns` prompts, above it the same before training."""
-        plt = _pyplot()
+        plt = pyplot()
         stride = max(1, len(set(before.prompts)) // (2 * columns))
         shown = list(range(0, len(set(before.prompts)), stride))[: 2 * columns]
         blocks = -(-len(shown) // columns)
@@ -111,10 +111,11 @@ def _make_logger(path: Path, name: LoggerName, config: Mapping[str, Any]) -> Log
     return get_logger(name, str(path / "logs"), name)
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """Matplotlib's pyplot, for files only: no window, no display."""
     import matplotlib
 
-    matplotlib.use("agg")  # files only: no window, no display
+    matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
     return plt

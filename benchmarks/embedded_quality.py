@@ -13,13 +13,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 import tyro
 from torch import Tensor
 
 from agents import Evaluation, Evaluator, make_policy
+from agents.run_folder import pyplot
 from benchmarks.main_job import append, provenance
 from configs import RunSettings
 from diffusion_env import DenoisingEnv, StableDiffusionBackbone, embedded_folder
@@ -30,9 +30,6 @@ from examples.pretraining.heads import correlation, saturation
 from examples.pretraining.judge import AnimalJudge, evaluate_judge
 from examples.pretraining.vae import psnr
 from rewards import StylePreference
-
-matplotlib.use("agg")
-import matplotlib.pyplot as plt  # noqa: E402 - after the backend is chosen
 
 RESULTS = Path(__file__).parent / "results"
 UNSEEN_WORDS = {"a puppy": "dog", "a kitten": "cat", "a pony": "horse"}
@@ -62,7 +59,7 @@ def main(settings: Settings) -> None:
     samples = sample(backbone, animals(), settings)
     seconds = (time.perf_counter() - start) / len(samples.images) * 64
     label = torch.arange(len(ANIMALS)).repeat(settings.samples)
-    features = torch.cat([judge.features(chunk) for chunk in samples.images.split(64)])
+    features = judge.describe(samples.images)
     named = judge.probe(features).argmax(1)
     few_steps = sample(backbone, animals(), settings, num_steps=RunSettings().sampling.num_steps)
     unseen = sample(backbone, tuple(UNSEEN_WORDS), settings)
@@ -137,7 +134,7 @@ def real_diversity(drawings: Drawings, judge: AnimalJudge, *, copies: int = 8) -
 def view_features(drawings: Drawings, judge: AnimalJudge, *, seed: int) -> Tensor:
     """Judge's features [N, 1280] of one random view of each drawing, placed as in the denoiser's training."""
     images = compose(torch.from_numpy(drawings.rgba), step_generator(100, seed), scale=(0.9, 1.0))
-    return torch.cat([judge.features(chunk) for chunk in images.split(64)])
+    return judge.describe(images)
 
 
 def nearest_drawings(
@@ -177,6 +174,7 @@ def nearest_drawings(
 
 def draw_grid(pictures: Tensor, titles: tuple[str, ...], path: Path, *, columns: int = 5) -> None:
     """Write rows of pictures [N, K, 3, H, W], each row of K under its title."""
+    plt = pyplot()
     rows = -(-len(pictures) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(columns * 0.45 * pictures.shape[1], 0.62 * rows), squeeze=False)
     for axis in axes.flat:

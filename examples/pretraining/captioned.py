@@ -93,12 +93,12 @@ def training_pictures(drawings: Drawings, mixture: Mixture, *, seed: int, chunk:
     rgba = torch.from_numpy(drawings.rgba)
     is_animal = drawings.animal >= 0
     per_animal = np.bincount(drawings.animal[is_animal], minlength=len(ANIMALS))
-    shares = {True: mixture.animal_share, False: 1 - mixture.animal_share - mixture.scene_share}
+    drawings_alike = np.maximum(per_animal[drawings.animal], 1)
+    other_share = 1 - mixture.animal_share - mixture.scene_share
     weight = np.where(
         is_animal,
-        shares[True]
-        / (np.count_nonzero(per_animal) * np.maximum(per_animal[drawings.animal], 1) * mixture.animal_copies),
-        shares[False] / (np.count_nonzero(~is_animal) * mixture.other_copies),
+        mixture.animal_share / (np.count_nonzero(per_animal) * drawings_alike * mixture.animal_copies),
+        other_share / (np.count_nonzero(~is_animal) * mixture.other_copies),
     )
     index = np.repeat(np.arange(len(rgba)), np.where(is_animal, mixture.animal_copies, mixture.other_copies))
     for step, chosen in enumerate(torch.from_numpy(index).split(chunk)):

@@ -45,9 +45,13 @@ class AnimalJudge(nn.Module):
         return self.probe(self.features(images))
 
     @torch.no_grad()
+    def describe(self, images: Tensor) -> Tensor:
+        """Features [B, 1280], computed 64 images at a time."""
+        return torch.cat([self.features(chunk) for chunk in images.split(64)])
+
     def predict(self, images: Tensor) -> Tensor:
         """Indices into `ANIMALS`, [B]."""
-        return torch.cat([self(chunk).argmax(1) for chunk in images.split(64)])
+        return self.probe(self.describe(images)).argmax(1)
 
 
 def judged_accuracy(images: Tensor, prompts: list[str]) -> float:
