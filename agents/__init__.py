@@ -4,6 +4,7 @@ from .advantage import PromptAdvantage
 from .critic import CriticAdvantage, RestoreNext, make_critic
 from .evaluation import Evaluation, Evaluator
 from .experiment import Experiment, Optimisation, summary
+from .kl_penalty import KLPenalty
 from .nabla_db import NablaDBLoss
 from .policy import DenoisingNormal, make_policy
 from .ppo import OnPolicyRatioCheck, ddpo_is_loss
@@ -26,6 +27,7 @@ __all__ = [
     "Evaluator",
     "Experiment",
     "ExponentialWeights",
+    "KLPenalty",
     "NablaDBLoss",
     "OnPolicyRatioCheck",
     "Optimisation",

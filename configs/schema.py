@@ -76,6 +76,9 @@ class TrainingSettings(Optimisation):
 
     clip_range: float = 1e-3
     """PPO's; it belongs to the reduction of the log-probability and the size of the latents."""
+    kl_penalty: float = 0.0
+    """Weight of each step's KL divergence to the pretrained model in PPO's loss; 0 computes none, more than 0 costs one
+    network call without gradient a transition."""
     log_prob_reduction: Literal["mean", "sum"] = "mean"
     """'mean' over the latent's elements as in DDPO's code, or the true 'sum'."""
     timestep_fraction: float = 0.5
@@ -96,6 +99,7 @@ class TrainingSettings(Optimisation):
             _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         for name in ("learning_rate", "clip_range", "max_grad_norm"):
             _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be above 0")
+        _require(self.kl_penalty >= 0, f"kl_penalty={self.kl_penalty} must be at least 0 (0 = none)")
         _require(self.min_step_std >= 0, f"min_step_std={self.min_step_std} must be at least 0")
         _require(0 < self.timestep_fraction <= 1, f"timestep_fraction={self.timestep_fraction} must lie in (0, 1]")
         _require(

@@ -8,7 +8,7 @@
 Black et al. 2023, "Training Diffusion Models with Reinforcement Learning", arXiv:2305.13301.
 """
 
-from agents import OnPolicyRatioCheck, ddpo_is_loss, summary
+from agents import KLPenalty, OnPolicyRatioCheck, ddpo_is_loss, summary
 from configs import RunSettings, build_experiment, build_folder, parse_settings
 
 
@@ -17,6 +17,8 @@ def main(settings: RunSettings) -> None:
     print(f"{settings.reward} on {settings.model.name}, {settings.sampling.prompts} prompts, seed {settings.seed}")
     experiment = build_experiment(settings)
     loss = ddpo_is_loss(experiment.policy, clip_range=settings.training.clip_range)
+    if settings.training.kl_penalty:
+        loss = KLPenalty(loss, experiment.policy, coefficient=settings.training.kl_penalty)
     check = OnPolicyRatioCheck(experiment.policy, clip_range=settings.training.clip_range)
     folder = build_folder(settings)
     before, after = experiment.run(loss, folder, checks=[check])

@@ -53,6 +53,7 @@ def test_misspelt_or_impossible_settings_leave_with_a_message(arguments, capsys)
         (lambda: ModelSettings(lora_rank=0, dtype="bfloat16"), "loses small updates"),
         (lambda: SamplingSettings(num_steps=0), "num_steps=0"),
         (lambda: TrainingSettings(timestep_fraction=1.1), "timestep_fraction=1.1"),
+        (lambda: TrainingSettings(kl_penalty=-0.1), "kl_penalty=-0.1"),
         (lambda: TrainingSettings(advantage_min_count=64), "advantage_min_count=64"),
         (
             lambda: RunSettings(

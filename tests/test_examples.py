@@ -37,7 +37,7 @@ def test_example_leaves_a_complete_run_folder(name, tmp_path):
     output = tmp_path / "run"
     command = [sys.executable, str(ROOT / "examples" / name), *SMALL, "--output", str(output)]
     if name == "ppo_aesthetic.py":
-        command += ["--training.clip-range", "0.01"]
+        command += ["--training.clip-range", "0.01", "--training.kl-penalty", "0.1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert RUNS[name] in done.stdout
@@ -51,6 +51,9 @@ def test_example_leaves_a_complete_run_folder(name, tmp_path):
     assert len(rows) == 2
     assert float(rows[1]["grad_norm"]) > 0
     assert "eval_reward" in rows[0]
+    if name == "ppo_aesthetic.py":
+        assert float(rows[0]["loss_kl"]) == pytest.approx(0.1 * float(rows[0]["kl_reference"]), rel=1e-5)
+        assert float(rows[1]["kl_reference"]) > 0
     checkpoint = torch.load(output / "checkpoint.pt", weights_only=True)
     assert checkpoint.keys() == {"loss", "optimizer", "advantage"}
 
