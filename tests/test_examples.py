@@ -20,6 +20,7 @@ SMALL = [
 ]  # fmt: skip
 RUNS = {
     "ppo_aesthetic.py": "style-preference",
+    "a2c_aesthetic.py": "style-preference",
     "reinforce_compressibility.py": "jpeg-compressibility",
     "draft_aesthetic.py": "style-preference",
     "refl_aesthetic.py": "style-preference",
