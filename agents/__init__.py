@@ -1,6 +1,6 @@
 """How a denoising policy is improved: one file, one method, one paper."""
 
-from .advantage import PromptAdvantage
+from .advantage import GroupAdvantage, PromptAdvantage
 from .critic import CriticAdvantage, RestoreNext, make_critic, make_q_critic
 from .evaluation import Evaluation, Evaluator
 from .experiment import Experiment, Optimisation, summary
@@ -28,6 +28,7 @@ __all__ = [
     "Evaluator",
     "Experiment",
     "ExponentialWeights",
+    "GroupAdvantage",
     "KLPenalty",
     "NablaDBLoss",
     "OnPolicyRatioCheck",

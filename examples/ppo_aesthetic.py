@@ -26,5 +26,10 @@ def main(settings: RunSettings) -> tuple[Evaluation, Evaluation]:
     return before, after
 
 
+def adapt(preset: RunSettings) -> RunSettings:
+    """The presets are this program's."""
+    return preset
+
+
 if __name__ == "__main__":
-    main(parse_settings(__doc__))
+    main(parse_settings(__doc__, adapt=adapt))
