@@ -3,7 +3,7 @@
     pip install -e .[pretraining]       # resvg-py; npm fetches the drawings
     python examples/pretrain_embedded.py
 
-Resumable: a run that was stopped goes on where it was and ends with the same weights. About three hours on two cores.
+Resumable: a run that was stopped goes on where it was and ends with the same weights. About two and a half hours on two cores.
 The results go to `diffusion_env/embedded/`, `rewards/` and `examples/pretraining/`.
 """
 
@@ -38,7 +38,7 @@ class Settings:
     """Where the pipeline's weights go."""
     vae_steps: int = 4600
     """Optimiser steps of the autoencoder, batches of 8."""
-    unet_steps: int = 9000
+    unet_steps: int = 7500
     """Optimiser steps of the denoiser, batches of 64."""
     mixture: Mixture = field(default_factory=Mixture)
     """What the denoiser is shown."""
