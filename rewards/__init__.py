@@ -1,16 +1,30 @@
 """Rewards: images and prompts to one number an image. Importing this imports torch and nothing heavier."""
 
-from .base import Reward
+from .base import NamedReward, Reward, RewardCard
+from .clip_score import CLIPScore
 from .efficientnet import LiteFeatures
+from .hps import HPSv2, HPSv21
+from .image_reward import ImageReward
 from .jpeg import JPEGCompressibility, JPEGIncompressibility
 from .laion import LAIONAesthetic
+from .pick_score import PickScore
+from .registry import REWARDS, make_reward
 from .style_preference import StylePreference
 
 __all__ = [
+    "REWARDS",
+    "CLIPScore",
+    "HPSv2",
+    "HPSv21",
+    "ImageReward",
     "JPEGCompressibility",
     "JPEGIncompressibility",
     "LAIONAesthetic",
     "LiteFeatures",
+    "NamedReward",
+    "PickScore",
     "Reward",
+    "RewardCard",
     "StylePreference",
+    "make_reward",
 ]
