@@ -7,6 +7,7 @@ from .hps import HPSv2, HPSv21
 from .image_reward import ImageReward
 from .jpeg import JPEGCompressibility, JPEGIncompressibility
 from .laion import LAIONAesthetic
+from .llava import LLaVABERTScore, LLaVACounting
 from .pick_score import PickScore
 from .registry import REWARDS, make_reward
 from .style_preference import StylePreference
@@ -20,6 +21,8 @@ __all__ = [
     "JPEGCompressibility",
     "JPEGIncompressibility",
     "LAIONAesthetic",
+    "LLaVABERTScore",
+    "LLaVACounting",
     "LiteFeatures",
     "NamedReward",
     "PickScore",

@@ -8,6 +8,7 @@ from .hps import HPSv2, HPSv21
 from .image_reward import ImageReward
 from .jpeg import JPEGCompressibility, JPEGIncompressibility
 from .laion import LAIONAesthetic
+from .llava import LLaVABERTScore, LLaVACounting
 from .pick_score import PickScore
 from .style_preference import StylePreference
 
@@ -21,6 +22,8 @@ _ALL: tuple[type[NamedReward], ...] = (
     HPSv2,
     HPSv21,
     ImageReward,
+    LLaVABERTScore,
+    LLaVACounting,
 )
 REWARDS: dict[str, type[NamedReward]] = {reward.name: reward for reward in _ALL}
 
