@@ -2,6 +2,7 @@
 
 from .base import NamedReward, Reward, RewardCard
 from .clip_score import CLIPScore
+from .combine import Clip, Mix, Scale, Threshold
 from .efficientnet import LiteFeatures
 from .hps import HPSv2, HPSv21
 from .image_reward import ImageReward
@@ -15,6 +16,7 @@ from .style_preference import StylePreference
 __all__ = [
     "REWARDS",
     "CLIPScore",
+    "Clip",
     "HPSv2",
     "HPSv21",
     "ImageReward",
@@ -24,10 +26,13 @@ __all__ = [
     "LLaVABERTScore",
     "LLaVACounting",
     "LiteFeatures",
+    "Mix",
     "NamedReward",
     "PickScore",
     "Reward",
     "RewardCard",
+    "Scale",
     "StylePreference",
+    "Threshold",
     "make_reward",
 ]
