@@ -10,6 +10,7 @@ from .jpeg import JPEGCompressibility, JPEGIncompressibility
 from .laion import LAIONAesthetic
 from .llava import LLaVABERTScore, LLaVACounting
 from .pick_score import PickScore
+from .prompt_alignment import PromptAlignment
 from .registry import REWARDS, make_reward
 from .style_preference import StylePreference
 
@@ -29,6 +30,7 @@ __all__ = [
     "Mix",
     "NamedReward",
     "PickScore",
+    "PromptAlignment",
     "Reward",
     "RewardCard",
     "Scale",

@@ -10,10 +10,12 @@ from .jpeg import JPEGCompressibility, JPEGIncompressibility
 from .laion import LAIONAesthetic
 from .llava import LLaVABERTScore, LLaVACounting
 from .pick_score import PickScore
+from .prompt_alignment import PromptAlignment
 from .style_preference import StylePreference
 
 _ALL: tuple[type[NamedReward], ...] = (
     StylePreference,
+    PromptAlignment,
     JPEGCompressibility,
     JPEGIncompressibility,
     LAIONAesthetic,

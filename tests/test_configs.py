@@ -77,7 +77,7 @@ def test_misspelt_or_impossible_settings_leave_with_a_message(arguments, capsys)
         (lambda: SamplingSettings(num_steps=0), "num_steps=0"),
         (lambda: TrainingSettings(timestep_fraction=1.1), "timestep_fraction=1.1"),
         (lambda: TrainingSettings(advantage_min_count=64), "advantage_min_count=64"),
-        (lambda: RunSettings(reward="beauty"), "'beauty' must be one of style-preference, jpeg-compressibility, "),
+        (lambda: RunSettings(reward="beauty"), "'beauty' must be one of style-preference, prompt-alignment, "),
         (lambda: RunSettings(reward_head="head.pth"), "laion-aesthetic alone, not by style-preference"),
         (
             lambda: RunSettings(

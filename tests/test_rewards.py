@@ -145,7 +145,9 @@ def test_style_preference_gradient_is_the_finite_difference(style_preference: St
     torch.testing.assert_close((ahead - behind) / (2 * step), expected, rtol=0.1, atol=0)
 
 
-@pytest.mark.parametrize("name", ["jpeg-compressibility", "jpeg-incompressibility", "style-preference"])
+@pytest.mark.parametrize(
+    "name", ["jpeg-compressibility", "jpeg-incompressibility", "style-preference", "prompt-alignment"]
+)
 def test_every_reward_refuses_what_it_cannot_score(name: str):
     reward = make_reward(name)
     with pytest.raises(ValueError, match="2 images came with 1 prompts"):
@@ -160,7 +162,7 @@ def test_the_registry_knows_each_reward_by_its_name():
     exported = {value for value in vars(rewards).values() if isinstance(value, type) and hasattr(value, "card")}
     assert set(REWARDS.values()) == exported - {NamedReward}
     assert {name: reward.name for name, reward in REWARDS.items()} == {name: name for name in REWARDS}
-    with pytest.raises(ValueError, match="no reward 'beauty'; the names are style-preference, jpeg-compressibility"):
+    with pytest.raises(ValueError, match="no reward 'beauty'; the names are style-preference, prompt-alignment"):
         make_reward("beauty")
 
 
