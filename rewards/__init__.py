@@ -12,6 +12,7 @@ from .llava import LLaVABERTScore, LLaVACounting
 from .pick_score import PickScore
 from .prompt_alignment import PromptAlignment
 from .registry import REWARDS, make_reward
+from .remote import HTTPReward
 from .style_preference import StylePreference
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Clip",
     "HPSv2",
     "HPSv21",
+    "HTTPReward",
     "ImageReward",
     "JPEGCompressibility",
     "JPEGIncompressibility",
