@@ -151,7 +151,7 @@ class Threshold(_Changed):
 
 def name_of(reward: Any) -> str:
     """The reward's own name, else its function's, else its class's."""
-    return getattr(reward, "name", None) or getattr(reward, "__name__", type(reward).__name__)
+    return str(getattr(reward, "name", None) or getattr(reward, "__name__", type(reward).__name__))
 
 
 def is_differentiable(reward: Any) -> bool:

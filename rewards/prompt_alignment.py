@@ -22,6 +22,9 @@ WIDTH = 256
 class Projections(nn.Module):
     """What is trained: features of an image and of a prompt to embeddings of unit length, [..., 256]."""
 
+    centre: Tensor
+    spread: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("centre", torch.zeros(1280))

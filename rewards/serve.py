@@ -137,8 +137,9 @@ def main() -> None:
     with RewardServer(
         reward, options.host, options.port, device=options.device, max_bytes=options.max_megabytes * 1_000_000
     ) as server:
-        host, port = server.server_address[:2]
-        print(f"{options.reward} at http://{host}:{port}", flush=True)  # whoever started this waits for the line
+        print(
+            f"{options.reward} at http://{options.host}:{server.server_port}", flush=True
+        )  # whoever started this waits for the line
         try:
             server.serve_forever()
         except KeyboardInterrupt:
