@@ -98,6 +98,7 @@ class Experiment:
             max_grad_norm=settings.max_grad_norm,
             transform=self.transform,
             checks=checks,
+            reward_parts=lambda: getattr(self.reward, "last_parts", {}),  # any callable is a reward, few have parts
         )
         images = self.collector.env.batch_size[0]
         with tqdm(total=settings.iterations, unit="iteration") as progress:

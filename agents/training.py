@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from tensordict import TensorDictBase
-from torch import nn
+from torch import Tensor, nn
 from torchrl.data import ReplayBuffer, TensorStorage
 from torchrl.envs import Transform
 from torchrl.objectives import LossModule
@@ -35,6 +35,7 @@ def train(
     buffer: ReplayBuffer | None = None,
     target_update: TargetNetUpdater | None = None,
     checks: Iterable[Check] = (),
+    reward_parts: Callable[[], Mapping[str, Tensor]] = dict,
 ) -> Iterator[Metrics]:
     """Improve the policy that `collector` and `loss` share, one iteration a turn.
 
@@ -57,9 +58,12 @@ def train(
             transform are its own; it holds `latents` and `action` separately, twice a rollout's memory.
         target_update: TorchRL's `SoftUpdate` or `HardUpdate` of a loss with target networks, stepped after each update.
         checks: called once with the first transitions, before the first update; their results are logged.
+        reward_parts: called once a batch, before anything else can be scored; gives each part's rewards of that batch
+            by name, for a reward that has parts.
 
     Yields:
-        Metrics of each iteration: `reward`, its `reward_std`, the loss's own, `grad_norm`, seconds spent.
+        Metrics of each iteration: `reward`, its `reward_std`, `reward_NAME` of each part, the loss's own, `grad_norm`,
+        seconds spent.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     pending = list(checks)
@@ -70,6 +74,7 @@ def train(
         if data is None:
             return
         collected = time.perf_counter()
+        parts = {f"reward_{name}": value.mean().item() for name, value in reward_parts().items()}
         rewards = data["next", "reward"].sum(1)
         data = advantage(data)
         transitions = data.batch_size[0] * sampler.steps_per_trajectory
@@ -91,6 +96,7 @@ def train(
         yield {
             "reward": rewards.mean().item(),
             "reward_std": rewards.std(correction=0).item(),
+            **parts,
             **{key: sum(values) / len(values) for key, values in sums.items()},
             "seconds_sampling": collected - start,
             "seconds_training": time.perf_counter() - collected,
@@ -124,7 +130,7 @@ def update(
     Raises:
         FloatingPointError: the gradient is not finite; nothing was changed.
     """
-    metrics: dict[str, torch.Tensor] = {}
+    metrics: dict[str, Tensor] = {}
     for part in minibatch.split(micro_batch):
         losses = loss(part)
         share = len(part) / len(minibatch)

@@ -42,12 +42,9 @@ def build_backbone(settings: ModelSettings) -> StableDiffusionBackbone:
 
 
 def build_reward(name: RewardName, *, head: str | None, device: torch.device) -> rewards.Reward:
-    """Make the reward called `name` on `device`."""
-    if name == "style-preference":
-        return rewards.StylePreference().to(device)
-    if name == "laion-aesthetic":
-        return (rewards.LAIONAesthetic(head=head) if head else rewards.LAIONAesthetic()).to(device)
-    return rewards.JPEGCompressibility() if name == "jpeg-compressibility" else rewards.JPEGIncompressibility()
+    """Make the reward called `name` on `device`; `head` is the file of laion-aesthetic's."""
+    reward = rewards.make_reward(name) if head is None else rewards.LAIONAesthetic(head=head)
+    return reward.to(device) if isinstance(reward, torch.nn.Module) else reward
 
 
 def build_experiment(settings: RunSettings, *, keep_model_output: bool = False) -> Experiment:

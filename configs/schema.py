@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from agents import Optimisation
+from rewards import REWARDS
 
-RewardName = Literal["style-preference", "laion-aesthetic", "jpeg-compressibility", "jpeg-incompressibility"]
+if TYPE_CHECKING:  # a type checker cannot read the registry; the command line offers and checks its names
+    RewardName = str
+else:
+    RewardName = Literal[tuple(REWARDS)]
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,7 @@ class RunSettings:
     preset: Literal["embedded", "sd15"] = "embedded"
     """Where the other defaults come from: the small pipeline that ships, or DDPO's published settings."""
     reward: RewardName = "style-preference"
-    """What is maximised."""
+    """What is maximised; `python -m rewards` says what each needs."""
     reward_head: str | None = None
     """For laion-aesthetic: file with the published head's weights."""
     seed: int = 0
@@ -135,6 +139,11 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         """Refuse what does not fit together."""
+        _require(self.reward in REWARDS, f"reward={self.reward!r} must be one of {', '.join(REWARDS)}")
+        _require(
+            self.reward_head is None or self.reward == "laion-aesthetic",
+            f"reward_head={self.reward_head!r} is read by laion-aesthetic alone, not by {self.reward}",
+        )
         _require(self.evaluate_every >= 1, f"evaluate_every={self.evaluate_every} must be at least 1")
         _require(self.evaluation_samples >= 1, f"evaluation_samples={self.evaluation_samples} must be at least 1")
         steps = max(1, round(self.training.timestep_fraction * self.sampling.num_steps))

@@ -1,4 +1,4 @@
-"""Build the embedded pipeline from emoji art: data, VAE, UNet, reward head, judge.
+"""Build the embedded pipeline from emoji art: data, VAE, UNet, reward heads, judge.
 
     pip install -e .[pretraining]       # resvg-py; npm fetches the drawings
     python examples/pretrain_embedded.py
@@ -19,7 +19,7 @@ import tyro
 from diffusers import ModelMixin
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 
-from examples.pretraining import heads, judge
+from examples.pretraining import alignment, heads, judge
 from examples.pretraining.captioned import Mixture
 from examples.pretraining.emoji import load_drawings
 from examples.pretraining.unet import build_scheduler, train_unet
@@ -59,6 +59,7 @@ def main(settings: Settings) -> None:
     build_scheduler().save_pretrained(settings.output / "scheduler")
     for train, weights in (
         (heads.train_style_preference, heads.WEIGHTS),
+        (alignment.train_alignment, alignment.WEIGHTS),
         (judge.train_judge, judge.WEIGHTS),
     ):
         trained = settings.cache / weights.name

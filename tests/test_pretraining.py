@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from examples.pretraining.alignment import Copies, batch_shares, captioned_features, fit_projections
 from examples.pretraining.augment import compose, step_generator
 from examples.pretraining.captioned import COLOURS, Mixture, compose_scenes, list_scenes, training_pictures
 from examples.pretraining.emoji import Drawings
@@ -133,3 +134,36 @@ def test_tiny_run_of_vae_and_unet(drawings, tmp_path):
     again = train_unet(drawings, vae, tmp_path, steps=3, mixture=mixture, batch=4)
     for one, other in zip(unet.parameters(), again.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_batch_shares_are_those_of_the_kinds_and_alike_for_each_caption():
+    kinds = torch.tensor([0, 0, 0, 1, 2, 2, 2])
+    caption = torch.tensor([3, 3, 0, 1, 2, 2, 4])
+    shares = batch_shares(kinds, caption)
+    assert shares.sum().item() == pytest.approx(1)
+    assert shares[:2].sum().item() == pytest.approx(shares[2].item()) == pytest.approx(0.2)
+    assert shares[3].item() == pytest.approx(0.25)
+    assert shares[4:6].sum().item() == pytest.approx(shares[6].item())
+
+
+def test_alignment_learns_which_caption_belongs_to_which_picture(drawings):
+    bicycle = dataclasses.replace(drawings, concept=np.array([*"012", "1f6b2", *"4567"]))
+    data = captioned_features(
+        bicycle, lambda images: images.mean((2, 3)).repeat(1, 427)[:, :1280], Copies(6, 2, 3), seed=0
+    )
+    assert data.features.shape == (4 * 6 + 4 * 3 + 2 * 2, 1280)
+    assert data.captions == sorted([*drawings.caption, "a cat riding a bike", "a horse riding a bike"])
+    assert [data.captions[n] for n in data.caption[-4:]] == ["a cat riding a bike", "a horse riding a bike"] * 2
+    generator = torch.Generator().manual_seed(0)
+    sentences = torch.nn.functional.normalize(torch.randn(len(data.captions), 384, generator=generator), dim=1)
+    # Pictures that tell their captions apart: with the mean colour alone, backgrounds would not allow it.
+    known = torch.randn(len(data.captions), 1280, generator=generator)
+    data = dataclasses.replace(
+        data, features=known[data.caption] + 0.3 * torch.randn(len(data.caption), 1280, generator=generator)
+    )
+    projections = fit_projections(data, sentences, steps=60, batch=32)
+    with torch.no_grad():
+        cosine = projections.embed_image(known) @ projections.embed_text(sentences).T
+    assert (cosine.argmax(1) == torch.arange(len(known))).all() and (cosine.argmax(0) == torch.arange(len(known))).all()
+    again = fit_projections(data, sentences, steps=60, batch=32)
+    assert all(torch.equal(a, b) for a, b in zip(projections.parameters(), again.parameters(), strict=True))

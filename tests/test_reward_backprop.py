@@ -315,7 +315,7 @@ class SaysNo:
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_reward_without_gradient_is_refused_when_the_loss_is_built(backbone, name):
     policy = build_policy(backbone)
-    for wrong, shown in ((SaysNo(), "refuser"), (JPEGCompressibility(), "jpeg_compressibility")):
+    for wrong, shown in ((SaysNo(), "refuser"), (JPEGCompressibility(), "jpeg-compressibility")):
         with pytest.raises(ValueError, match=f"the reward '{shown}' is not differentiable"):
             LOSSES[name](policy, wrong)
     with pytest.raises(ValueError, match="is not differentiable"), torch.no_grad():

@@ -9,14 +9,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 import rewards
-from rewards import JPEGCompressibility, JPEGIncompressibility, LAIONAesthetic, LiteFeatures, Reward, StylePreference
+from rewards import (
+    REWARDS,
+    JPEGCompressibility,
+    JPEGIncompressibility,
+    LiteFeatures,
+    NamedReward,
+    StylePreference,
+    make_reward,
+)
 from rewards.efficientnet import LITE_VARIANTS
-from rewards.laion import AestheticHead, clip_crop
 
 ROOT = Path(rewards.__file__).parents[1]
 
@@ -80,103 +85,6 @@ def test_jpeg_quality_out_of_range(reward: type, quality: int):
         reward(quality)
 
 
-@pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CLIP of the true class with random weights, tiny but for the projection that the head needs."""
-    torch.manual_seed(0)
-    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    vision = tower | {"image_size": 48, "patch_size": 16}
-    text = tower | {"vocab_size": 64, "max_position_embeddings": 8, "bos_token_id": 1, "eos_token_id": 2}
-    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=768)
-    folder = tmp_path_factory.mktemp("clip")
-    CLIPModel(config).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def head_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(1)
-    path = tmp_path_factory.mktemp("head") / "sac+logos+ava1-l14-linearMSE.pth"
-    torch.save(AestheticHead().state_dict(), path)
-    return path
-
-
-def test_laion_equals_clip_and_the_layers_by_hand(clip_folder: Path, head_file: Path):
-    images = some_images(3, 48, 48)
-    processor = CLIPImageProcessorPil(size={"shortest_edge": 48}, crop_size=48)
-    pixels = processor([as_pil(image) for image in images], return_tensors="pt")["pixel_values"]
-    with torch.no_grad():
-        embedding = CLIPModel.from_pretrained(clip_folder).eval().get_image_features(pixels).pooler_output
-    x = (embedding / embedding.norm(dim=-1, keepdim=True)).double()
-    weights = torch.load(head_file, weights_only=True)
-    for layer in (0, 2, 4, 6, 7):
-        x = x @ weights[f"layers.{layer}.weight"].double().T + weights[f"layers.{layer}.bias"].double()
-    reward = LAIONAesthetic(clip_folder, head_file)
-    reward.train()  # dropout must stay off
-    score = reward(images, ["a cat"] * 3)
-    assert score.dtype == torch.float32
-    torch.testing.assert_close(score.double(), x[:, 0], rtol=0, atol=1e-6)
-
-
-def test_laion_head_has_the_published_sizes(head_file: Path):
-    weights = torch.load(head_file, weights_only=True).items()
-    sizes = {key: tuple(value.shape) for key, value in weights if key.endswith("weight")}
-    widths = {0: (1024, 768), 2: (128, 1024), 4: (64, 128), 6: (16, 64), 7: (1, 16)}
-    assert sizes == {f"layers.{layer}.weight": shape for layer, shape in widths.items()}
-
-
-def test_laion_reads_safetensors_and_folders_alike(clip_folder: Path, head_file: Path, tmp_path: Path):
-    save_file(torch.load(head_file, weights_only=True), tmp_path / "model.safetensors")
-    images = some_images(2)
-    expected = LAIONAesthetic(clip_folder, head_file)(images, ["", ""])
-    for head in (tmp_path / "model.safetensors", str(tmp_path), head_file.parent):
-        assert torch.equal(LAIONAesthetic(clip_folder, head)(images, ["", ""]), expected)
-
-
-def test_laion_gradient_reaches_the_images_alone(clip_folder: Path, head_file: Path):
-    reward = LAIONAesthetic(str(clip_folder), str(head_file))
-    images = some_images(2, 80, 64).requires_grad_()
-    reward(images, ["", ""]).sum().backward()
-    assert images.grad is not None and images.grad.isfinite().all() and images.grad.flatten(1).norm(dim=1).min() > 0
-    assert not any(parameter.requires_grad for parameter in reward.parameters())
-
-
-@pytest.mark.parametrize(("height", "width"), [(64, 64), (512, 512), (300, 411), (224, 224), (640, 360)])
-def test_clip_crop_agrees_with_clips_own_processor(height: int, width: int):
-    image = some_images(1, height, width)
-    processor = CLIPImageProcessorPil(size={"shortest_edge": 224}, crop_size=224, do_normalize=False)
-    expected = processor(as_pil(image[0]), return_tensors="pt")["pixel_values"]
-    assert expected.shape == (1, 3, 224, 224)
-    assert (clip_crop(image, 224) - expected).abs().max() < 1.5 / 255
-
-
-def test_laion_missing_files_say_what_to_fetch(clip_folder: Path, head_file: Path, tmp_path: Path):
-    missing = tmp_path / "missing.pth"
-    with pytest.raises(FileNotFoundError, match="missing.pth.*hf download trl-lib/ddpo-aesthetic-predictor.*path"):
-        LAIONAesthetic(clip_folder, missing)
-    with pytest.raises(FileNotFoundError, match="no-clip.*hf download openai/clip-vit-large-patch14.*path"):
-        LAIONAesthetic(tmp_path / "no-clip", head_file)
-
-
-def test_laion_offline_names_the_repository(clip_folder: Path, monkeypatch: pytest.MonkeyPatch):
-    asked = []
-
-    def offline(repository: str, name: str) -> str:
-        asked.append((repository, name))
-        raise ConnectionError("no network")
-
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", offline)
-    with pytest.raises(FileNotFoundError, match="hf download trl-lib/ddpo-aesthetic-predictor"):
-        LAIONAesthetic(clip_folder)
-    assert asked == [("trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth")]
-
-
-def test_a_head_that_is_code_is_refused(clip_folder: Path, tmp_path: Path):
-    torch.save({"layers.0.weight": Path}, tmp_path / "evil.pth")
-    with pytest.raises(Exception, match="[Ww]eights.only"):
-        LAIONAesthetic(clip_folder, tmp_path / "evil.pth")
-
-
 @pytest.mark.parametrize("variant", LITE_VARIANTS)
 def test_lite_features_equal_the_packages_own_network(variant: str, capsys: pytest.CaptureFixture[str]):
     from efficientnet_lite_pytorch import EfficientNet
@@ -237,14 +145,34 @@ def test_style_preference_gradient_is_the_finite_difference(style_preference: St
     torch.testing.assert_close((ahead - behind) / (2 * step), expected, rtol=0.1, atol=0)
 
 
-@pytest.mark.parametrize("name", ["JPEGCompressibility", "JPEGIncompressibility", "StylePreference"])
-def test_every_reward_has_a_name_and_refuses_what_it_cannot_score(name: str):
-    reward: Reward = getattr(rewards, name)()
-    assert reward.name.replace("_", "") == name.lower()
-    assert reward.differentiable == (name == "StylePreference")
+@pytest.mark.parametrize(
+    "name", ["jpeg-compressibility", "jpeg-incompressibility", "style-preference", "prompt-alignment"]
+)
+def test_every_reward_refuses_what_it_cannot_score(name: str):
+    reward = make_reward(name)
     with pytest.raises(ValueError, match="2 images came with 1 prompts"):
         reward(some_images(2), ["a cat"])
     with pytest.raises(ValueError, match="torch.uint8 of shape .* divide uint8 by 255"):
         reward(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), ["a cat"])
     with pytest.raises(ValueError, match="expected floats in"):
         reward(torch.zeros(3, 8, 8), ["a cat"] * 3)
+
+
+def test_the_registry_knows_each_reward_by_its_name():
+    exported = {value for value in vars(rewards).values() if isinstance(value, type) and hasattr(value, "card")}
+    assert set(REWARDS.values()) == exported - {NamedReward}
+    assert {name: reward.name for name, reward in REWARDS.items()} == {name: name for name in REWARDS}
+    with pytest.raises(ValueError, match="no reward 'beauty'; the names are style-preference, prompt-alignment"):
+        make_reward("beauty")
+
+
+def test_the_table_lists_every_reward_without_loading_one():
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "rewards"], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    assert "transformers" not in done.stderr and "PIL" not in done.stderr
+    header, *lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == list(REWARDS)
+    for line, reward in zip(lines, REWARDS.values(), strict=True):
+        assert reward.card.source in line and reward.card.licence in line and reward.card.needs in line
+    assert "1.7 GB" in lines[list(REWARDS).index("laion-aesthetic")]
