@@ -1,11 +1,13 @@
-"""A whole run around the loop: evaluate, train with a progress bar, log, evaluate again, save."""
+"""A whole run around the loop: evaluate, train with a progress bar, log, write checkpoints, evaluate again, save."""
 
 from __future__ import annotations
 
+import shlex
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import torch
 from tensordict import TensorDictBase
@@ -18,9 +20,11 @@ from tqdm import tqdm
 
 from diffusion_env.env import Reward
 
+from .checkpoint import Checkpoints, TrainedState
 from .evaluation import Evaluation, Evaluator
 from .rollout import TransitionSampler
 from .run_folder import RunFolder
+from .stopping import StopRequest
 from .training import Check, train
 
 
@@ -66,6 +70,8 @@ class Experiment:
     sampler: TransitionSampler
     optimisation: Optimisation
     evaluate_every: int
+    checkpoint_every: int = 1
+    """Iterations between checkpoints; there is one after the last iteration in any case."""
     transform: Transform | None = None
     """What is done to the transitions of an optimiser step when they are drawn, see `train`."""
 
@@ -74,10 +80,16 @@ class Experiment:
     ) -> tuple[Evaluation, Evaluation]:
         """Train with `loss`, leave everything in `folder`, and return the evaluations before and after.
 
+        A resumed folder's run continues after its newest checkpoint as if it had never stopped. SIGTERM and Ctrl-C
+        finish the iteration and write a checkpoint.
+
         Args:
             loss: the method.
-            folder: where metrics, pictures and weights go.
+            folder: where metrics, pictures, checkpoints and weights go.
             checks: called with the first transitions before the first update.
+
+        Raises:
+            SystemExit: SIGTERM or Ctrl-C came; the status is 128 and the signal's number, as shells have it.
         """
         trainable = [parameter for parameter in loss.parameters() if parameter.requires_grad]
         # One kernel for all parameters instead of a loop over hundreds of small ones.
@@ -86,6 +98,10 @@ class Experiment:
             trainable, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
         )
         before = after = self.evaluator(self.policy)
+        checkpoints = self._checkpoints(loss, optimizer, folder)
+        if folder.resumed:
+            self._resume(checkpoints, folder)
+        first = len(folder.rows)
         loop = train(
             self.collector,
             loss,
@@ -97,33 +113,67 @@ class Experiment:
             micro_batch=settings.micro_batch,
             max_grad_norm=settings.max_grad_norm,
             transform=self.transform,
-            checks=checks,
+            checks=() if first else checks,
         )
         images = self.collector.env.batch_size[0]
-        with tqdm(total=settings.iterations, unit="iteration") as progress:
+        with StopRequest() as stop, tqdm(initial=first, total=settings.iterations, unit="iteration") as progress:
             progress.set_description(f"reward {before.mean:.3f} before")
-            for iteration in range(settings.iterations):
+            for iteration in range(first + 1, settings.iterations + 1):
                 start = time.perf_counter()
                 metrics = next(loop)
                 metrics["images_per_second"] = images / (time.perf_counter() - start)
-                if (iteration + 1) % self.evaluate_every == 0 or iteration + 1 == settings.iterations:
+                last = iteration == settings.iterations
+                if iteration % self.evaluate_every == 0 or last:
                     after = self.evaluator(self.policy)
                     metrics["eval_reward"] = after.mean
                 folder.log(metrics)
                 progress.set_description(f"reward {metrics['reward']:.3f} (fixed noise {after.mean:.3f})")
                 progress.set_postfix_str(f"{metrics['images_per_second']:.1f} images/s")
                 progress.update()
+                if iteration % self.checkpoint_every == 0 or last or stop.received:
+                    checkpoints.save(iteration)
+                if stop.received and not last:
+                    _leave(stop, iteration, folder)
+        if first == settings.iterations:  # it was stopped while it wrote what follows
+            after = self.evaluator(self.policy)
         self.collector.shutdown()
         folder.save_curve(before)
         folder.save_before_after(before, after)
         self.backbone.save(str(folder.path / "lora"))
-        folder.save_checkpoint(loss=loss, optimizer=optimizer, advantage=self.advantage)
         return before, after
+
+    def _checkpoints(self, loss: LossModule, optimizer: torch.optim.Optimizer, folder: RunFolder) -> Checkpoints:
+        parts = {
+            "loss": TrainedState(loss, self.policy),
+            "optimizer": optimizer,
+            "advantage": self.advantage,
+            "environment": self.collector.env,
+            "sampler": self.sampler,
+            "metrics": folder,
+        }
+        method = {"loss": type(loss).__name__, "advantage": type(self.advantage).__name__}
+        return Checkpoints(folder.path / "checkpoints", parts, {**method, "settings": folder.config})
+
+    def _resume(self, checkpoints: Checkpoints, folder: RunFolder) -> None:
+        newest = checkpoints.newest()
+        if newest is None:
+            folder.load_state_dict({"rows": []})  # from the start, where everything is as it was
+            return
+        checkpoints.load(newest)
+        self.collector.reset()  # draws again what the environment had drawn for the next iteration
+        checkpoints.load_random_states(newest)
 
     def _prepared(self, rollout: TensorDictBase) -> TensorDictBase:
         for step in self.prepare:
             rollout = step(rollout)
         return self.advantage(rollout)
+
+
+def _leave(stop: StopRequest, iteration: int, folder: RunFolder) -> NoReturn:
+    assert stop.received
+    resume = shlex.join(["python", sys.argv[0], "--resume", str(folder.path)])
+    print(f"stopped after {iteration} iterations by {stop.received.name}; continue with: {resume}", file=sys.stderr)
+    raise SystemExit(128 + stop.received)
 
 
 def summary(before: Evaluation, after: Evaluation, folder: RunFolder) -> str:
@@ -137,6 +187,6 @@ def summary(before: Evaluation, after: Evaluation, folder: RunFolder) -> str:
         f"before/after  {folder.path / 'before_after.png'}\n"
         f"metrics       {folder.path / 'metrics.csv'}\n"
         f"settings      {folder.path / 'config.json'}\n"
-        f"checkpoint    {folder.path / 'checkpoint.pt'}\n"
+        f"checkpoints   {folder.path / 'checkpoints'}\n"
         f"weights       {folder.path / 'lora'}   (diffusers: pipe.load_lora_weights(folder))"
     )

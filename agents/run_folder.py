@@ -1,43 +1,71 @@
-"""What a run leaves behind: configuration, metrics, curve, before/after picture, weights, checkpoint."""
+"""What a run leaves behind: configuration, metrics, curve, before/after picture, weights."""
 
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from filelock import BaseFileLock, FileLock, Timeout
 from torchrl.record.loggers import Logger, get_logger
 
+from .checkpoint import differences
 from .evaluation import Evaluation
 
 LoggerName = Literal["csv", "tensorboard", "wandb"]
+LOGS = "logs"
 
 
 class RunFolder:
-    """One folder a run; `metrics.csv` has one row an iteration, whatever the logger."""
+    """One folder a run; `metrics.csv` has one row an iteration, whatever the logger.
 
-    def __init__(self, path: Path, config: Mapping[str, Any], *, logger: LoggerName = "csv") -> None:
+    While this object lives no other process can open the folder. Its state, for checkpoints, is the rows.
+    """
+
+    def __init__(
+        self, path: Path, config: Mapping[str, Any], *, logger: LoggerName = "csv", resume: bool = False
+    ) -> None:
         """Create the folder and write the resolved configuration.
 
         Args:
             path: the folder, which must not hold another run.
             config: the run's settings, written to `config.json`.
             logger: TorchRL's logger that gets every metric too; Weights & Biases is offline when not logged in.
+            resume: continue the run that the folder holds, whose `config.json` must say what `config` does.
 
         Raises:
-            FileExistsError: the folder holds a run already.
+            FileExistsError: the folder holds a run already, or another process has it open.
+            FileNotFoundError: there is no run to resume.
+            ValueError: the run to resume has other settings.
         """
-        self.path = path
-        if (path / "config.json").exists():
-            raise FileExistsError(f"{path} holds a run already; choose another --output or remove it")
-        path.mkdir(parents=True, exist_ok=True)
-        (path / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
-        self._logger = _make_logger(path, logger, config)
+        self.path, self.resumed = path, resume
+        self.config: dict[str, Any] = json.loads(json.dumps(config, default=str))
+        self._logger_name = logger
+        if resume and not (path / "config.json").is_file():
+            raise FileNotFoundError(f"{path} holds no run to resume: it has no config.json")
+        self._lock = _locked(path)
+        try:
+            self._claim(path / "config.json")
+        except BaseException:
+            self._lock.release()
+            raise
+        self._logger = _make_logger(path, logger, self.config)
         self._rows: list[dict[str, float]] = []
+
+    def _claim(self, file: Path) -> None:
+        if self.resumed:
+            if differing := differences(json.loads(file.read_text()), self.config):
+                raise ValueError(f"{file} holds other settings (there, here): {'; '.join(differing)}")
+        elif file.exists():
+            raise FileExistsError(f"{self.path} holds a run already; choose another --output, or --resume it")
+        else:
+            write_whole(file, json.dumps(self.config, indent=2) + "\n")
 
     @property
     def rows(self) -> list[dict[str, float]]:
@@ -46,17 +74,34 @@ class RunFolder:
 
     def log(self, metrics: Mapping[str, float]) -> None:
         """Append a row to `metrics.csv`; columns that come later leave earlier cells empty."""
-        step = len(self._rows)
-        self._rows.append({"iteration": step, **metrics})
-        columns = list(dict.fromkeys(key for row in self._rows for key in row))
-        partial = self.path / "metrics.csv.partial"
-        with partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(self._rows)
-        os.replace(partial, self.path / "metrics.csv")
-        for key, value in metrics.items():
-            self._logger.log_scalar(key, value, step=step)
+        self._rows.append({"iteration": len(self._rows), **metrics})
+        self._write_rows()
+        self._send(self._rows[-1])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rows."""
+        return {"rows": self._rows}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go back to these rows: later ones leave `metrics.csv`, and the logger starts anew with them."""
+        self._rows = [dict(row) for row in state_dict["rows"]]
+        self._write_rows()
+        shutil.rmtree(self.path / LOGS, ignore_errors=True)
+        self._logger = _make_logger(self.path, self._logger_name, self.config)
+        for row in self._rows:
+            self._send(row)
+
+    def _write_rows(self) -> None:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(dict.fromkeys(key for row in self._rows for key in row)))
+        writer.writeheader()
+        writer.writerows(self._rows)
+        write_whole(self.path / "metrics.csv", text.getvalue())
+
+    def _send(self, row: Mapping[str, float]) -> None:
+        for key, value in row.items():
+            if key != "iteration":
+                self._logger.log_scalar(key, value, step=int(row["iteration"]))
 
     def save_curve(self, baseline: Evaluation) -> None:
         """`reward_curve.png`: sampled and evaluated reward over iterations, beside the pretrained model's."""
@@ -96,11 +141,38 @@ class RunFolder:
         figure.savefig(self.path / "before_after.png", dpi=150)
         plt.close(figure)
 
-    def save_checkpoint(self, **parts: Any) -> None:
-        """`checkpoint.pt`: the state dict of every part, written whole or not at all."""
-        partial = self.path / "checkpoint.pt.partial"
-        torch.save({name: part.state_dict() for name, part in parts.items()}, partial)
-        os.replace(partial, self.path / "checkpoint.pt")
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all, also when the machine stops or the disk is full.
+
+    Raises:
+        OSError: it cannot be written; what was there is there still.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        with partial.open("w", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        error.add_note(f"{path} could not be written; make room or make the folder writable, then resume")
+        raise
+
+
+def _locked(path: Path) -> BaseFileLock:
+    """The folder's lock, which the system releases when this process ends, however it ends."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path / ".lock", timeout=0)
+        lock.acquire()
+    except Timeout:
+        raise FileExistsError(f"another process is writing to {path}; wait for it or choose another --output") from None
+    except OSError as error:
+        error.add_note(f"The run folder {path} cannot be written; choose another --output or make it writable")
+        raise
+    return lock
 
 
 def _make_logger(path: Path, name: LoggerName, config: Mapping[str, Any]) -> Logger:
@@ -108,7 +180,7 @@ def _make_logger(path: Path, name: LoggerName, config: Mapping[str, Any]) -> Log
         online = bool(os.environ.get("WANDB_API_KEY")) or "WANDB_MODE" in os.environ
         settings = {"config": dict(config), "mode": None if online else "offline", "project": "diffusion-env"}
         return get_logger("wandb", str(path), path.name, wandb_kwargs=settings)
-    return get_logger(name, str(path / "logs"), name)
+    return get_logger(name, str(path / LOGS), name)
 
 
 def pyplot() -> Any:

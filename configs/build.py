@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -85,13 +85,21 @@ def build_experiment(settings: RunSettings) -> Experiment:
         sampler=TransitionSampler(steps, training.timestep_fraction),
         optimisation=training,
         evaluate_every=settings.evaluate_every,
+        checkpoint_every=settings.checkpoint_every,
     )
 
 
 def build_folder(settings: RunSettings) -> RunFolder:
-    """The run's folder: `settings.output`, or the first of `output-2`, `output-3`, ... that is free."""
+    """The run's folder: `settings.resume`, else `settings.output` or the first of `output-2`, ... that is free."""
+    if settings.resume is not None:
+        config = asdict(replace(settings, resume=None))
+        return RunFolder(settings.resume, config, logger=settings.logger, resume=True)
     path, number = settings.output, 1
-    while (path / "config.json").exists():
+    while True:
+        try:
+            return RunFolder(path, asdict(settings), logger=settings.logger)
+        except FileExistsError:
+            if not path.is_dir():
+                raise
         number += 1
         path = Path(f"{settings.output}-{number}")
-    return RunFolder(path, asdict(settings), logger=settings.logger)

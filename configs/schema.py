@@ -115,6 +115,10 @@ class RunSettings:
 
     preset: Literal["embedded", "sd15"] = "embedded"
     """Where the other defaults come from: the small pipeline that ships, or DDPO's published settings."""
+    config: Path | None = None
+    """Instead of --preset: a new run with the settings of this file, RUN/config.json; other options win over it."""
+    resume: Path | None = None
+    """Continue the run in this folder after its newest checkpoint; its settings are kept, no other option is taken."""
     reward: RewardName = "style-preference"
     """What is maximised."""
     reward_head: str | None = None
@@ -129,6 +133,8 @@ class RunSettings:
     """Iterations between evaluations on fixed prompts and noise."""
     evaluation_samples: int = 2
     """Images a prompt in an evaluation."""
+    checkpoint_every: int = 1
+    """Iterations between checkpoints, the newest two of which are kept; there is one after the last in any case."""
     model: ModelSettings = field(default_factory=ModelSettings)
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
@@ -136,6 +142,7 @@ class RunSettings:
     def __post_init__(self) -> None:
         """Refuse what does not fit together."""
         _require(self.evaluate_every >= 1, f"evaluate_every={self.evaluate_every} must be at least 1")
+        _require(self.checkpoint_every >= 1, f"checkpoint_every={self.checkpoint_every} must be at least 1")
         _require(self.evaluation_samples >= 1, f"evaluation_samples={self.evaluation_samples} must be at least 1")
         steps = max(1, round(self.training.timestep_fraction * self.sampling.num_steps))
         transitions = steps * self.sampling.images_per_iteration

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted(path.name for path in (ROOT / "examples").glob("*.py") if path.name != "__init__.py")
@@ -41,7 +40,7 @@ def test_example_leaves_a_complete_run_folder(name, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert RUNS[name] in done.stdout
-    for file in ("reward_curve.png", "before_after.png", "metrics.csv", "checkpoint.pt", "config.json"):
+    for file in ("reward_curve.png", "before_after.png", "metrics.csv", "checkpoints", "config.json"):
         assert (output / file).stat().st_size > 0
         assert str(output / file) in done.stdout
     assert (output / "lora" / "pytorch_lora_weights.safetensors").exists()
@@ -54,8 +53,10 @@ def test_example_leaves_a_complete_run_folder(name, tmp_path):
     if name == "ppo_aesthetic.py":
         assert float(rows[0]["loss_kl"]) == pytest.approx(0.1 * float(rows[0]["kl_reference"]), rel=1e-5)
         assert float(rows[1]["kl_reference"]) > 0
-    checkpoint = torch.load(output / "checkpoint.pt", weights_only=True)
-    assert checkpoint.keys() == {"loss", "optimizer", "advantage"}
+    assert [path.name for path in sorted((output / "checkpoints").iterdir())] == [
+        "checkpoint-000000000001.torchrl",
+        "checkpoint-000000000002.torchrl",
+    ]
 
 
 def test_an_impossible_setting_is_refused_before_anything_loads(tmp_path):
