@@ -1,9 +1,10 @@
 """How a denoising policy is improved: one file, one method, one paper."""
 
-from .advantage import PromptAdvantage
-from .critic import CriticAdvantage, RestoreNext, make_critic
+from .advantage import GroupAdvantage, PromptAdvantage
+from .critic import CriticAdvantage, RestoreNext, make_critic, make_q_critic
 from .evaluation import Evaluation, Evaluator
 from .experiment import Experiment, Optimisation, summary
+from .iql import iql_loss
 from .kl_penalty import KLPenalty
 from .nabla_db import NablaDBLoss
 from .policy import DenoisingNormal, make_policy
@@ -27,6 +28,7 @@ __all__ = [
     "Evaluator",
     "Experiment",
     "ExponentialWeights",
+    "GroupAdvantage",
     "KLPenalty",
     "NablaDBLoss",
     "OnPolicyRatioCheck",
@@ -41,9 +43,11 @@ __all__ = [
     "ScoreFunctionLoss",
     "TransitionSampler",
     "ddpo_is_loss",
+    "iql_loss",
     "make_collector",
     "make_critic",
     "make_policy",
+    "make_q_critic",
     "share_latents",
     "summary",
     "train",

@@ -7,6 +7,7 @@ from collections import deque
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
+from torchrl.objectives.llm import MCAdvantage
 
 
 class PromptAdvantage(nn.Module):
@@ -65,3 +66,43 @@ class PromptAdvantage(nn.Module):
     def set_extra_state(self, state: dict[int, list[float]]) -> None:
         """Restore what `get_extra_state` returned."""
         self._rewards = {prompt: deque(rewards, maxlen=self._buffer_size) for prompt, rewards in state.items()}
+
+
+class GroupAdvantage(nn.Module):
+    """Group-relative advantage, with TorchRL's `MCAdvantage` (GRPO: Shao et al. 2024, arXiv:2402.03300, section 4.1.2).
+
+    A = (R - mean) / std over the images of one `group_id`, R the trajectory's summed reward and std with Bessel's
+    correction; TorchRL's default would normalise over single steps, nearly all of which have reward 0. No memory.
+    """
+
+    def __init__(self, samples_per_prompt: int) -> None:
+        """Expect groups of `samples_per_prompt` images, the environment's number.
+
+        Raises:
+            ValueError: a group has a single image, which there is nothing to compare with.
+        """
+        super().__init__()
+        if samples_per_prompt < 2:
+            raise ValueError(f"samples_per_prompt is {samples_per_prompt}; a group needs at least 2 images to compare")
+        self._estimator = MCAdvantage(samples_per_prompt, prompt_key="group_id", trajectory_return="sum")
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Write `advantage` [B, T, 1], the same for every step of a trajectory, to whole trajectories [B, T].
+
+        Raises:
+            ValueError: the batch's groups are of another size.
+        """
+        # The estimator copies what it is given and puts it in another order: the latents stay out of it.
+        needed = tensordict.select("group_id", ("next", "reward"), ("next", "done"))
+        row = torch.arange(len(tensordict), device=tensordict.device)
+        done = self._estimator.inv(needed.set("row", row[:, None].expand(tensordict.shape)))
+        incomplete = self._estimator.queued_trajectories
+        self._estimator.clear_queues()
+        if incomplete or len(done) != tensordict.numel():
+            raise ValueError(
+                f"{incomplete} of {len(tensordict)} trajectories are in groups of fewer than "
+                f"{self._estimator.grpo_size} images; give GroupAdvantage the environment's samples_per_prompt"
+            )
+        steps = done.reshape(tensordict.shape)
+        order = steps["row"][:, 0].argsort()
+        return tensordict.set("advantage", steps["advantage"][order])

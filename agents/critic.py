@@ -1,4 +1,4 @@
-"""A critic V(x_t, i, prompt) for TorchRL's actor-critic losses, and advantages from it.
+"""Critics V(x_t, i, prompt) and Q(x_t, x_prev, i, prompt) for TorchRL's losses, and advantages from V.
 
     critic = make_critic(policy)
     loss = A2CLoss(policy, critic, entropy_bonus=False)
@@ -6,7 +6,8 @@
 
 `ReinforceLoss`, `A2CLoss`, `ClipPPOLoss` and `KLPENPPOLoss` take policy and critic alike; the last one needs a policy
 built with `keep_distribution=True`. Give each `entropy_bonus=False` where it has that argument: the steps' standard
-deviation is fixed, so the policy's entropy does not depend on its parameters.
+deviation is fixed, so the policy's entropy does not depend on its parameters. `KLPENPPOLoss` adapts its coefficient
+`beta` in every forward pass, that is once a micro-batch: a smaller `micro_batch` lets it move faster.
 The process is undiscounted; TorchRL's value estimators discount by 0.99 unless told otherwise. A loss that is handed
 `advantage` and `value_target`, as here, does not use its own. To use it, give the loss whole trajectories after
 `RestoreNext`, and `loss.make_value_estimator(ValueEstimators.GAE, gamma=1.0, lmbda=0.95)` first.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 from torchrl.envs import Transform
@@ -52,12 +54,41 @@ class StateValue(nn.Module):
         return self.head(hidden + self.step(step.squeeze(-1)) + self.prompt(prompt_id.squeeze(-1)))
 
 
+class ActionValue(nn.Module):
+    """A small network (latents, action, step, prompt_id) -> expected reward; 0 everywhere at first.
+
+    A `StateValue` of the latents before and after the step.
+    """
+
+    def __init__(self, latent_shape: tuple[int, ...], num_steps: int, num_prompts: int, *, width: int = 128) -> None:
+        """Two hidden layers of `width` units."""
+        super().__init__()
+        channels, *rest = latent_shape
+        self._channel_dim = -len(latent_shape)
+        self.value = StateValue((2 * channels, *rest), num_steps, num_prompts, width=width)
+
+    def forward(self, latents: Tensor, action: Tensor, step: Tensor, prompt_id: Tensor) -> Tensor:
+        """Values [*batch, 1] of `latents`, `action` [*batch, *latent], `step` and `prompt_id` [*batch, 1]."""
+        return self.value(torch.cat([latents, action], self._channel_dim), step, prompt_id)
+
+
 def make_critic(policy: ProbabilisticActor, *, width: int = 128) -> ValueOperator:
     """A critic for `policy`'s latents, steps and prompts, on its device; writes `state_value` [*batch, 1]."""
+    return _critic(policy, StateValue, STATE_KEYS, width)
+
+
+def make_q_critic(policy: ProbabilisticActor, *, width: int = 128) -> ValueOperator:
+    """A critic of actions, for off-policy losses; writes `state_action_value` [*batch, 1]."""
+    return _critic(policy, ActionValue, ("latents", "action", "step", "prompt_id"), width)
+
+
+def _critic(
+    policy: ProbabilisticActor, network: type[StateValue | ActionValue], in_keys: tuple[str, ...], width: int
+) -> ValueOperator:
     denoiser = denoising_mean(policy)
     shape, steps = denoiser.backbone.latent_shape, denoiser.sampler.num_steps
-    value = StateValue(shape, steps, len(denoiser.conditioning.prompts), width=width)
-    return ValueOperator(value.to(denoiser.backbone.device), in_keys=list(STATE_KEYS))
+    value = network(shape, steps, len(denoiser.conditioning.prompts), width=width)
+    return ValueOperator(value.to(denoiser.backbone.device), in_keys=list(in_keys))
 
 
 class RestoreNext(Transform):

@@ -12,6 +12,7 @@ from torch import nn
 from torchrl.data import ReplayBuffer, TensorStorage
 from torchrl.envs import Transform
 from torchrl.objectives import LossModule
+from torchrl.objectives.utils import TargetNetUpdater
 
 from .rollout import TransitionSampler
 
@@ -31,6 +32,8 @@ def train(
     micro_batch: int = 64,
     max_grad_norm: float = 1.0,
     transform: Transform | None = None,
+    buffer: ReplayBuffer | None = None,
+    target_update: TargetNetUpdater | None = None,
     checks: Iterable[Check] = (),
 ) -> Iterator[Metrics]:
     """Improve the policy that `collector` and `loss` share, one iteration a turn.
@@ -49,6 +52,10 @@ def train(
         max_grad_norm: the gradient's global norm is clipped to this.
         transform: what the buffer does to the transitions of an optimiser step when they are drawn, with the policy as
             it then is; `RewardGradient` for Nabla-DB.
+        buffer: for off-policy losses. What `sampler` chooses of each batch is added to it, and each optimiser step,
+            `epochs * updates_per_epoch` an iteration, trains on what it draws, of any age. Its batch size, capacity and
+            transform are its own; it holds `latents` and `action` separately, twice a rollout's memory.
+        target_update: TorchRL's `SoftUpdate` or `HardUpdate` of a loss with target networks, stepped after each update.
         checks: called once with the first transitions, before the first update; their results are logged.
 
     Yields:
@@ -66,20 +73,21 @@ def train(
         rewards = data["next", "reward"].sum(1)
         data = advantage(data)
         transitions = data.batch_size[0] * sampler.steps_per_trajectory
-        buffer = ReplayBuffer(
+        fresh = ReplayBuffer(
             storage=TensorStorage(data),
             sampler=sampler,
             batch_size=-(-transitions // updates_per_epoch),
             transform=transform,
         )
         sums: dict[str, list[float]] = defaultdict(list)
-        for _ in range(epochs):
-            for minibatch in buffer:
-                while pending:
-                    for key, value in pending.pop()(minibatch[:micro_batch]).items():
-                        sums[key].append(value)
-                for key, value in update(loss, optimizer, parameters, minibatch, micro_batch, max_grad_norm).items():
+        for minibatch in _minibatches(fresh, buffer, epochs, updates_per_epoch):
+            while pending:
+                for key, value in pending.pop()(minibatch[:micro_batch]).items():
                     sums[key].append(value)
+            for key, value in update(loss, optimizer, parameters, minibatch, micro_batch, max_grad_norm).items():
+                sums[key].append(value)
+            if target_update is not None:
+                target_update.step()
         yield {
             "reward": rewards.mean().item(),
             "reward_std": rewards.std(correction=0).item(),
@@ -87,6 +95,20 @@ def train(
             "seconds_sampling": collected - start,
             "seconds_training": time.perf_counter() - collected,
         }
+
+
+def _minibatches(
+    fresh: ReplayBuffer, buffer: ReplayBuffer | None, epochs: int, updates_per_epoch: int
+) -> Iterator[TensorDictBase]:
+    """The transitions of each optimiser step of an iteration: passes over `fresh`, or draws from `buffer`."""
+    if buffer is None:
+        for _ in range(epochs):
+            yield from fresh
+        return
+    for chosen in fresh:
+        buffer.extend(chosen)
+    for _ in range(epochs * updates_per_epoch):
+        yield buffer.sample()
 
 
 def update(

@@ -14,6 +14,7 @@ import csv
 import platform
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -21,9 +22,10 @@ from pathlib import Path
 import torch
 import tyro
 
-from agents import OnPolicyRatioCheck, ddpo_is_loss
-from configs import RunSettings, build_experiment, build_folder
+from agents import Evaluation
+from configs import RunSettings
 from configs.schema import RewardName
+from examples import ppo_aesthetic
 from examples.pretraining.judge import judged_accuracy
 
 RESULTS = Path(__file__).parent / "results" / "main_job.csv"
@@ -39,16 +41,12 @@ class Settings:
     """One run each."""
 
 
-def measure(settings: RunSettings) -> dict[str, object]:
-    """Run the main job once and return its row."""
+def measure(
+    settings: RunSettings, run: Callable[[RunSettings], tuple[Evaluation, Evaluation]] = ppo_aesthetic.main
+) -> dict[str, object]:
+    """Run an example once and return its row."""
     start = time.perf_counter()
-    experiment = build_experiment(settings)
-    clip_range = settings.training.clip_range
-    before, after = experiment.run(
-        ddpo_is_loss(experiment.policy, clip_range=clip_range),
-        build_folder(settings),
-        checks=[OnPolicyRatioCheck(experiment.policy, clip_range=clip_range)],
-    )
+    before, after = run(settings)
     seconds = time.perf_counter() - start
     return {
         "reward": settings.reward,

@@ -50,8 +50,8 @@ def build_reward(name: RewardName, *, head: str | None, device: torch.device) ->
     return rewards.JPEGCompressibility() if name == "jpeg-compressibility" else rewards.JPEGIncompressibility()
 
 
-def build_experiment(settings: RunSettings) -> Experiment:
-    """Everything of a policy-gradient run but the loss."""
+def build_experiment(settings: RunSettings, *, keep_model_output: bool = False) -> Experiment:
+    """Everything of a policy-gradient run but the loss; `keep_model_output` is that of `make_policy`."""
     torch.manual_seed(settings.seed)
     prompts: Sequence[str] = prompt_set(settings.sampling.prompts)  # a missing file shows before a model loads
     sampling, training = settings.sampling, settings.training
@@ -59,7 +59,11 @@ def build_experiment(settings: RunSettings) -> Experiment:
     reward = build_reward(settings.reward, head=settings.reward_head, device=backbone.device)
     sampler = backbone.sampler(sampling.num_steps, sampling.eta)
     policy = make_policy(
-        backbone, sampler, backbone.conditioning(prompts), log_prob_reduction=training.log_prob_reduction
+        backbone,
+        sampler,
+        backbone.conditioning(prompts),
+        log_prob_reduction=training.log_prob_reduction,
+        keep_model_output=keep_model_output,
     )
     steps = trainable_steps(sampler, training.min_step_std)
     env = DenoisingEnv(

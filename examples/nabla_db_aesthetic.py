@@ -2,38 +2,81 @@
 
     python examples/nabla_db_aesthetic.py
 
-What differs from `draft_aesthetic.py` is the loss, and the transform that writes the reward's gradient.
+What differs from `draft_aesthetic.py` is the loss, the transform that writes the reward's gradient, and which
+transitions train.
 Liu et al. 2025, "Efficient Diversity-Preserving Diffusion Alignment via Gradient-Informed GFlowNets", arXiv:2412.07775.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from agents import NablaDBLoss, RewardGradient, summary
+from agents import Evaluation, NablaDBLoss, RewardGradient, TransitionSampler, summary, trainable_steps
+from agents.scores import Weighting
 from configs import RunSettings, build_experiment, build_folder, parse_settings
-
-# How far the reward may pull images from the pretrained model's: it belongs to the reward's scale.
-BETA = {"embedded": 100.0, "sd15": 1e4}
+from diffusion_env import CorrectionUNet
 
 
-def main(settings: RunSettings) -> None:
-    """Train and save."""
-    print(f"{settings.reward} on {settings.model.name}, {settings.sampling.prompts} prompts, seed {settings.seed}")
-    experiment = build_experiment(settings)
+@dataclass(frozen=True)
+class Method:
+    """What of Nabla-DB is used."""
+
+    beta: float
+    """How far the reward may pull images from the pretrained model's: it belongs to the reward's scale."""
+    weighting: Weighting = "none"
+    trust_region: float = 0.0
+    correction: bool = False
+    """Learn the correction network, with backward matching."""
+    jacobian: bool = False
+    """Differentiate the reward through the network too."""
+    last_step_always: bool = False
+    """The last transition is always among those that train, the others come one from each of as many equal bins."""
+
+
+METHODS = {
     # In units of the network's output: in the paper's units the last steps are nearly all of the loss.
-    loss = NablaDBLoss(experiment.policy, beta=BETA[settings.preset], weighting="output")
-    gradient = RewardGradient(experiment.policy, experiment.reward, jacobian=False, before=False)
-    experiment = replace(experiment, transform=gradient)
+    "embedded": Method(beta=100.0, weighting="output"),
+    "sd15": Method(beta=1e4, trust_region=2e3, correction=True, jacobian=True, last_step_always=True),
+}
+
+
+def main(settings: RunSettings) -> tuple[Evaluation, Evaluation]:
+    """Train and save; the evaluations before and after."""
+    print(f"{settings.reward} on {settings.model.name}, {settings.sampling.prompts} prompts, seed {settings.seed}")
+    method, training = METHODS[settings.preset], settings.training
+    experiment = build_experiment(settings, keep_model_output=method.trust_region > 0)
+    backbone, policy, last = experiment.backbone, experiment.policy, method.last_step_always
+    steps = trainable_steps(backbone.sampler(settings.sampling.num_steps, settings.sampling.eta), training.min_step_std)
+    sampler = TransitionSampler(steps, training.timestep_fraction, stratified=last, always_last=last)
+    loss = NablaDBLoss(
+        policy,
+        beta=method.beta,
+        correction=CorrectionUNet(backbone) if method.correction else None,
+        terminal_weight=sampler.steps_per_trajectory,  # the authors average it over last transitions alone
+        trust_region=method.trust_region,
+        weighting=method.weighting,
+    )
+    gradient = RewardGradient(policy, experiment.reward, jacobian=method.jacobian, before=method.correction)
+    experiment = replace(experiment, transform=gradient, sampler=sampler)
     folder = build_folder(settings)
     before, after = experiment.run(loss, folder)
     print(summary(before, after, folder))
+    return before, after
 
 
-def on_policy(preset: RunSettings) -> RunSettings:
-    """The preset with a single update an iteration: the reward's gradient is that of the current policy."""
-    training = replace(preset.training, updates_per_epoch=1, epochs=1, recompute_log_prob=False)
-    return replace(preset, output=Path("runs/nabla_db_aesthetic"), training=training)
+def adapt(preset: RunSettings) -> RunSettings:
+    """The reward's gradient is that of the policy at each update; `sd15` holds the settings of the authors' code."""
+    preset = replace(preset, output=Path("runs/nabla_db_aesthetic"))
+    training = replace(preset.training, epochs=1, recompute_log_prob=False)
+    if preset.preset == "sd15":
+        return replace(
+            preset,
+            model=replace(preset.model, dtype="bfloat16", lora_rank=8, lora_alpha=8.0),
+            sampling=replace(preset.sampling, images_per_iteration=64),
+            # Six of fifty steps.
+            training=replace(training, iterations=100, learning_rate=1e-3, timestep_fraction=0.12),
+        )
+    return replace(preset, training=replace(training, updates_per_epoch=1))
 
 
 if __name__ == "__main__":
-    main(parse_settings(__doc__, adapt=on_policy))
+    main(parse_settings(__doc__, adapt=adapt))

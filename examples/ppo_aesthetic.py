@@ -8,12 +8,12 @@
 Black et al. 2023, "Training Diffusion Models with Reinforcement Learning", arXiv:2305.13301.
 """
 
-from agents import KLPenalty, OnPolicyRatioCheck, ddpo_is_loss, summary
+from agents import Evaluation, KLPenalty, OnPolicyRatioCheck, ddpo_is_loss, summary
 from configs import RunSettings, build_experiment, build_folder, parse_settings
 
 
-def main(settings: RunSettings) -> None:
-    """Train and save."""
+def main(settings: RunSettings) -> tuple[Evaluation, Evaluation]:
+    """Train and save; the evaluations before and after."""
     print(f"{settings.reward} on {settings.model.name}, {settings.sampling.prompts} prompts, seed {settings.seed}")
     experiment = build_experiment(settings)
     loss = ddpo_is_loss(experiment.policy, clip_range=settings.training.clip_range)
@@ -23,7 +23,13 @@ def main(settings: RunSettings) -> None:
     folder = build_folder(settings)
     before, after = experiment.run(loss, folder, checks=[check])
     print(summary(before, after, folder))
+    return before, after
+
+
+def adapt(preset: RunSettings) -> RunSettings:
+    """The presets are this program's."""
+    return preset
 
 
 if __name__ == "__main__":
-    main(parse_settings(__doc__))
+    main(parse_settings(__doc__, adapt=adapt))

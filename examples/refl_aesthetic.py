@@ -7,18 +7,17 @@ Xu et al. 2023, "ImageReward: Learning and Evaluating Human Preferences for Text
 """
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
-from agents import ReFLLoss, summary
+from agents import Evaluation, ReFLLoss, summary
 from configs import RunSettings, backpropagating, build_experiment, build_folder, parse_settings
 
 LATE = 4  # the last quarter of the steps, as in the authors' code
 CEILINGS = {"style-preference": 5.0, "laion-aesthetic": 10.0}  # beyond what training should reach
 
 
-def main(settings: RunSettings) -> None:
-    """Train and save."""
+def main(settings: RunSettings) -> tuple[Evaluation, Evaluation]:
+    """Train and save; the evaluations before and after."""
     print(f"{settings.reward} on {settings.model.name}, {settings.sampling.prompts} prompts, seed {settings.seed}")
     experiment = build_experiment(settings)
     last_steps = max(1, settings.sampling.num_steps // LATE)
@@ -29,7 +28,21 @@ def main(settings: RunSettings) -> None:
     folder = build_folder(settings)
     before, after = experiment.run(loss, folder)
     print(summary(before, after, folder))
+    return before, after
+
+
+def adapt(preset: RunSettings) -> RunSettings:
+    """`sd15` holds the settings of the authors' code: 40 DDPM steps without guidance, the whole UNet trained."""
+    adapted = backpropagating(preset, output=Path("runs/refl_aesthetic"))
+    if preset.preset != "sd15":
+        return adapted
+    return replace(
+        adapted,
+        model=replace(adapted.model, dtype="float32", guidance_scale=1.0, lora_rank=0),
+        sampling=replace(adapted.sampling, num_steps=40, images_per_iteration=64),
+        training=replace(adapted.training, iterations=100, learning_rate=1e-5, weight_decay=1e-2, micro_batch=2),
+    )
 
 
 if __name__ == "__main__":
-    main(parse_settings(__doc__, adapt=partial(backpropagating, output=Path("runs/refl_aesthetic"))))
+    main(parse_settings(__doc__, adapt=adapt))

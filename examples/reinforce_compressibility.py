@@ -8,29 +8,30 @@ What differs from `ppo_aesthetic.py` is the constructor of the loss; being on-po
 from dataclasses import replace
 from pathlib import Path
 
-from agents import ScoreFunctionLoss, summary
+from agents import Evaluation, ScoreFunctionLoss, summary
 from configs import RunSettings, build_experiment, build_folder, parse_settings
 
 
-def main(settings: RunSettings) -> None:
-    """Train and save."""
+def main(settings: RunSettings) -> tuple[Evaluation, Evaluation]:
+    """Train and save; the evaluations before and after."""
     print(f"{settings.reward} on {settings.model.name}, {settings.sampling.prompts} prompts, seed {settings.seed}")
     experiment = build_experiment(settings)
     loss = ScoreFunctionLoss(experiment.policy)
     folder = build_folder(settings)
     before, after = experiment.run(loss, folder)
     print(summary(before, after, folder))
+    return before, after
 
 
-def on_policy_compressibility(preset: RunSettings) -> RunSettings:
-    """The preset with this reward and a single update an iteration."""
+def adapt(preset: RunSettings) -> RunSettings:
+    """This reward, and a single update an iteration; `sd15` trains as long as DDPO's `compressibility` does."""
+    training = replace(preset.training, updates_per_epoch=1, epochs=1)
+    if preset.preset == "sd15":
+        training = replace(training, iterations=100, advantage_buffer=16)
     return replace(
-        preset,
-        reward="jpeg-compressibility",
-        output=Path("runs/reinforce_compressibility"),
-        training=replace(preset.training, updates_per_epoch=1, epochs=1),
+        preset, reward="jpeg-compressibility", output=Path("runs/reinforce_compressibility"), training=training
     )
 
 
 if __name__ == "__main__":
-    main(parse_settings(__doc__, adapt=on_policy_compressibility))
+    main(parse_settings(__doc__, adapt=adapt))

@@ -7,7 +7,16 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from agents import PromptAdvantage
+from agents import (
+    GroupAdvantage,
+    PromptAdvantage,
+    ScoreFunctionLoss,
+    TransitionSampler,
+    make_collector,
+    make_policy,
+    train,
+)
+from diffusion_env import DenoisingEnv
 
 
 class PerPromptStatTracker:
@@ -120,3 +129,76 @@ def test_state_dict_continues_where_it_stopped(tmp_path):
 def test_impossible_settings_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         PromptAdvantage(**arguments)
+
+
+def trajectories(groups, rewards):
+    """Whole trajectories [B, T] with `group_id`, and rewards [B, T]."""
+    done = torch.zeros(*rewards.shape, 1, dtype=torch.bool)
+    done[:, -1] = True
+    ids = torch.tensor(groups)[:, None, None].expand(*rewards.shape, 1)
+    latents = torch.arange(rewards.numel()).reshape(rewards.shape)
+    return TensorDict(
+        {"group_id": ids, "latents": latents, "next": {"reward": rewards[..., None], "done": done}}, rewards.shape
+    )
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_group_advantages_compare_the_images_of_a_group(size):
+    """In NumPy, whatever the order of the batch; twice, since nothing is remembered."""
+    generator = np.random.default_rng(size)
+    advantage = GroupAdvantage(size)
+    for _ in range(2):
+        groups = generator.permutation(np.repeat([7, 3, 11], size))
+        rewards = np.zeros((len(groups), 3), np.float32)
+        rewards[:, -1] = generator.normal(groups, 2.0)
+        rewards[:, 0] = generator.normal(size=len(groups))  # rewards of earlier steps count
+        returns = rewards.sum(1)
+        expected = np.empty_like(returns)
+        for group in set(groups.tolist()):
+            mine = returns[groups == group]
+            expected[groups == group] = (mine - mine.mean()) / mine.std(ddof=1)
+        written = advantage(trajectories(groups.tolist(), torch.from_numpy(rewards)))
+        assert written["advantage"].shape == (*rewards.shape, 1)
+        np.testing.assert_allclose(
+            written["advantage"][..., 0].numpy(), np.repeat(expected[:, None], 3, 1), rtol=1e-4, atol=1e-5
+        )
+        assert torch.equal(written["latents"].flatten(), torch.arange(rewards.size))
+
+
+def test_equal_rewards_of_a_group_have_no_advantage():
+    assert (GroupAdvantage(3)(trajectories([0] * 3, torch.ones(3, 2)))["advantage"] == 0).all()
+
+
+def test_groups_of_another_size_are_refused():
+    advantage = GroupAdvantage(3)
+    for groups, incomplete in (([0, 0, 1, 1], 4), ([0, 0, 0, 1], 1), ([0] * 4, 1)):
+        with pytest.raises(ValueError, match=f"{incomplete} of 4 trajectories"):
+            advantage(trajectories(groups, torch.randn(4, 2)))
+    advantage(trajectories([0] * 3, torch.randn(3, 2)))  # and nothing is left over
+    with pytest.raises(ValueError, match="samples_per_prompt is 1"):
+        GroupAdvantage(1)
+
+
+def test_the_loop_trains_with_group_advantages(backbone):
+    policy = make_policy(backbone, backbone.sampler(2), backbone.conditioning(("a cat", "a dog")))
+    env = DenoisingEnv(
+        backbone,
+        2,
+        lambda images, _: images.mean((1, 2, 3)),
+        ("a cat", "a dog"),
+        batch_size=6,
+        samples_per_prompt=3,
+        seed=0,
+    )
+    loss = ScoreFunctionLoss(policy)
+    trainable = [parameter for parameter in loss.parameters() if parameter.requires_grad]
+    collector = make_collector(env, policy, iterations=2)
+    loop = train(
+        collector,
+        loss,
+        torch.optim.SGD(trainable, lr=1e-3),
+        advantage=GroupAdvantage(3),
+        sampler=TransitionSampler(range(2)),
+    )
+    assert all(row["grad_norm"] > 0 for row in loop)
+    collector.shutdown()

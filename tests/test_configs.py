@@ -1,9 +1,11 @@
 """Settings: typed, complete, refused where impossible, before anything is loaded."""
 
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
+from importlib import import_module
 
 import pytest
 
+from agents import TransitionSampler
 from configs import PRESETS, ModelSettings, RunSettings, SamplingSettings, TrainingSettings, parse_settings
 
 
@@ -26,6 +28,72 @@ def test_ddpo_preset_holds_the_published_numbers():
     assert (settings.training.learning_rate, settings.training.clip_range) == (3e-4, 1e-4)
     assert (settings.sampling.images_per_iteration, settings.training.updates_per_epoch) == (256, 2)
     assert (settings.training.advantage_buffer, settings.training.advantage_min_count) == (32, 16)
+
+
+# What each method's publication or its authors' code says.
+PUBLISHED = {
+    "a2c_aesthetic": {"training": {"updates_per_epoch": 1}},
+    # Black et al. 2023: `compressibility` in the code, one update an iteration in appendix D.5
+    "reinforce_compressibility": {
+        "training": {"iterations": 100, "updates_per_epoch": 1, "learning_rate": 3e-4, "advantage_buffer": 16},
+        "sampling": {"images_per_iteration": 256, "num_steps": 50},
+        "model": {"guidance_scale": 5.0, "lora_rank": 4},
+    },
+    # Black et al. 2023, appendix D.5
+    "rwr_compressibility": {
+        "training": {"learning_rate": 1e-5, "weight_decay": 1e-4, "epochs": 5},
+        "sampling": {"num_steps": 50, "eta": 1.0},
+        "model": {"guidance_scale": 5.0, "lora_rank": 0},
+    },
+    # Clark et al. 2023
+    "draft_aesthetic": {
+        "training": {"iterations": 2000, "learning_rate": 4e-4, "weight_decay": 0.1, "updates_per_epoch": 1},
+        "sampling": {"images_per_iteration": 4, "num_steps": 50},
+        "model": {"guidance_scale": 7.5, "lora_rank": 8},
+    },
+    # Xu et al. 2023, the authors' script
+    "refl_aesthetic": {
+        "training": {"iterations": 100, "learning_rate": 1e-5, "weight_decay": 1e-2, "updates_per_epoch": 1},
+        "sampling": {"images_per_iteration": 64, "num_steps": 40},
+        "model": {"guidance_scale": 1.0, "lora_rank": 0},
+    },
+    # Liu et al. 2025, the authors' default configuration
+    "nabla_db_aesthetic": {
+        "training": {"iterations": 100, "learning_rate": 1e-3, "weight_decay": 1e-4, "updates_per_epoch": 2},
+        "sampling": {"images_per_iteration": 64, "num_steps": 50, "eta": 1.0, "prompts": "animals-bare"},
+        "model": {"guidance_scale": 5.0, "lora_rank": 8, "lora_alpha": 8.0, "dtype": "bfloat16"},
+    },
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_sd15_holds_each_methods_published_numbers(name):
+    example = import_module(f"examples.{name}")
+    settings = asdict(parse_settings("", ["--preset", "sd15"], adapt=example.adapt))
+    assert settings["model"]["name"] == "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    for group, numbers in PUBLISHED[name].items():
+        assert {key: settings[group][key] for key in numbers} == numbers
+    # The embedded pipeline's own run has the main job's budget.
+    embedded, main_job = example.adapt(PRESETS["embedded"]()), RunSettings()
+    assert embedded.sampling == main_job.sampling
+    assert embedded.training.iterations == main_job.training.iterations
+    assert embedded.model == main_job.model
+
+
+def test_numbers_that_are_no_settings_are_the_published_ones():
+    nabla_db = import_module("examples.nabla_db_aesthetic").METHODS["sd15"]
+    assert (nabla_db.beta, nabla_db.trust_region, nabla_db.weighting) == (1e4, 2e3, "none")
+    settings = import_module("examples.nabla_db_aesthetic").adapt(PRESETS["sd15"]())
+    sampler = TransitionSampler(range(settings.sampling.num_steps), settings.training.timestep_fraction)
+    assert sampler.steps_per_trajectory == 6
+    assert import_module("examples.rwr_compressibility").INVERSE_TEMPERATURE["sd15"] == 0.2
+    refl = import_module("examples.refl_aesthetic")
+    assert refl.adapt(PRESETS["sd15"]()).sampling.num_steps // refl.LATE == 10
+    assert import_module("examples.draft_aesthetic").BACKPROP_STEPS["sd15"] == 1
+    # Weighted regression makes ten rounds of 10,240 images and 400 updates in the paper.
+    rwr = import_module("examples.rwr_compressibility").adapt(PRESETS["sd15"]())
+    assert rwr.training.iterations * rwr.sampling.images_per_iteration == 10 * 10_240
+    assert rwr.training.iterations * rwr.training.updates_per_epoch * rwr.training.epochs == 10 * 400
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from agents import (
     make_collector,
     make_critic,
     make_policy,
+    make_q_critic,
     train,
 )
 from diffusion_env import DenoisingEnv
@@ -50,11 +51,14 @@ def collect(backbone, policy, batch_size=6):
 
 
 def random_critic(policy):
+    return randomised(make_critic(policy, width=16), lambda module: module.head[-1])
+
+
+def randomised(critic, last_layer):
     """A critic that says something: its last layer is zero at first."""
-    critic = make_critic(policy, width=16)
     torch.manual_seed(5)
     with torch.no_grad():
-        for parameter in critic.module.head[-1].parameters():
+        for parameter in last_layer(critic.module).parameters():
             parameter.normal_()
     return critic
 
@@ -92,6 +96,24 @@ def test_values_of_any_batch_shape_depend_on_all_of_the_state(backbone):
         ("prompt_id", 1 - data["prompt_id"]),
     ):
         assert ((critic(data.clone().set(key, other))["state_value"] - values).abs() > 1e-4).all(), key
+
+
+def test_values_of_actions_depend_on_state_and_action(backbone):
+    policy = build_policy(backbone)
+    data = collect(backbone, policy)
+    assert (make_q_critic(policy)(data.clone())["state_action_value"] == 0).all()
+    critic = randomised(make_q_critic(policy, width=16), lambda module: module.value.head[-1])
+    values = critic(data.clone())["state_action_value"]
+    assert values.shape == (6, STEPS, 1)
+    torch.testing.assert_close(critic(data.reshape(-1))["state_action_value"], values.reshape(-1, 1))
+    for key, other in (
+        ("latents", 1.5 * data["latents"]),
+        ("action", 1.5 * data["action"]),
+        ("step", data["step"] + 1),
+        ("prompt_id", 1 - data["prompt_id"]),
+    ):
+        changed = critic(data.clone().set(key, other))["state_action_value"]
+        assert ((changed - values).abs() > 1e-4).all(), key
 
 
 def test_the_next_state_is_restored_exactly(backbone):

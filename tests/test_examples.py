@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ SMALL = [
 ]  # fmt: skip
 RUNS = {
     "ppo_aesthetic.py": "style-preference",
+    "a2c_aesthetic.py": "style-preference",
     "reinforce_compressibility.py": "jpeg-compressibility",
     "draft_aesthetic.py": "style-preference",
     "refl_aesthetic.py": "style-preference",
@@ -29,6 +31,8 @@ RUNS = {
 
 def test_no_example_is_forgotten():
     assert set(EXAMPLES) == {*RUNS, "pretrain_embedded.py"}  # the last one is tested in test_pretraining.py
+    listed = re.findall(r"^\| `python examples/(\w+\.py)`", (ROOT / "examples" / "README.md").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(RUNS)
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -1,13 +1,37 @@
-"""The main job learns, for three seeds and a second reward; about forty minutes on two cores (`make test-long`)."""
+"""Budgets and rows of the measurements; and the main job learns, for three seeds and a second reward.
+
+The latter takes about forty minutes on two cores (`make test-long`).
+"""
 
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
 
+from benchmarks import methods
 from benchmarks.main_job import RESULTS, append, measure
+from benchmarks.methods import pending
 from configs import RunSettings
+from tests.test_examples import RUNS as RUNS_OF_EXAMPLES
 
 RUNS = [("style-preference", 0), ("style-preference", 1), ("style-preference", 2), ("jpeg-compressibility", 0)]
+
+
+def test_methods_that_have_a_row_are_not_run_again(tmp_path):
+    results = tmp_path / "methods.csv"
+    assert list(pending(results, ["a", "b"], [0, 1])) == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+    append({"method": "b", "reward": "x", "seed": 0}, results)
+    append({"method": "a", "reward": "x", "seed": 1}, results)
+    assert list(pending(results, ["a", "b"], [0, 1])) == [("a", 0), ("b", 1)]
+
+
+def test_every_method_has_the_same_budget():
+    settings = methods.Settings(iterations=5, images_per_iteration=7)
+    assert set(methods.METHODS) == {name.removesuffix(".py") for name in RUNS_OF_EXAMPLES}
+    for name in methods.METHODS:
+        run = methods.run_settings(import_module(f"examples.{name}"), 3, settings)
+        assert (run.training.iterations, run.sampling.images_per_iteration, run.seed) == (5, 7, 3)
+        assert run.model == RunSettings().model
 
 
 @pytest.mark.long

@@ -7,7 +7,7 @@ from torch.distributions import Independent, Normal
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from agents import NablaDBLoss, RewardGradient, TransitionSampler, make_collector, make_policy, train
-from diffusion_env import CorrectionUNet, DDIMSampler, DenoisingEnv, StableDiffusionBackbone
+from diffusion_env import CorrectionUNet, DDIMSampler, DenoisingEnv, LoRA, StableDiffusionBackbone
 from tests.chain import GAIN, LATENT, PROMPTS, STEPS, TableCorrection, chain, linear_reward, solution, transitions
 from tests.tiny import SCHEDULE, tiny_pipeline
 
@@ -348,6 +348,40 @@ def test_backward_matching_trains_the_correction_alone_unless_told(real):
     # The value is the same; only what is differentiated changes.
     first = NablaDBLoss(policy, beta=1, correction=correction)(data)["loss_backward"]
     torch.testing.assert_close(first, loss(data)["loss_backward"], rtol=1e-3, atol=1e-6)
+
+
+def test_gradient_checkpointing_changes_nothing_of_the_second_order_graph(tmp_path):
+    """Activations are recomputed outside the loss, where another attention kernel would be chosen."""
+    found = []
+    for checkpointing in (False, True):
+        lora = LoRA(rank=3, alpha=5.0, targets=("to_q", "to_k", "to_v", "to_out.0"))
+        pipeline = tiny_pipeline(tmp_path)
+        backbone = StableDiffusionBackbone(
+            pipeline, lora=lora, guidance_scale=2.0, gradient_checkpointing=checkpointing
+        )
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in backbone.parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+        policy = make_policy(backbone, backbone.sampler(STEPS), backbone.conditioning(PROMPTS))
+        state = {
+            "latents": torch.randn(2, 4, 8, 8, generator=generator),
+            "action": torch.randn(2, 4, 8, 8, generator=generator),
+            "step": torch.tensor([[0], [1]]),
+            "prompt_id": torch.tensor([[0], [1]]),
+            "reward_grad": torch.randn(2, 4, 8, 8, generator=generator),
+        }
+        data = TensorDict(state, [2])
+        data["next", "reward_grad"] = data["reward_grad"]
+        loss = NablaDBLoss(policy, beta=1, backward_trains_policy=True)
+        losses = loss(data)
+        total(losses).backward()
+        found.append(gradients(loss))
+    assert found[0].keys() == found[1].keys()
+    assert max(gradient.abs().max() for gradient in found[0].values()) > 0
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name], rtol=1e-3, atol=1e-5 * gradient.abs().max().item())
 
 
 def test_full_fine_tuning_is_compared_with_the_frozen_copy(tmp_path):

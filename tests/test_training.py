@@ -282,6 +282,36 @@ def test_every_chosen_transition_trains_once_an_epoch(backbone, policy, updates,
     assert len(groups) == 12
 
 
+def test_a_buffer_handed_in_serves_transitions_of_any_age(backbone, policy):
+    loss = ScoreFunctionLoss(policy)
+    drawn = []
+
+    def recording(part):
+        drawn.append(part["group_id"][:, 0].tolist())
+        return loss(part)
+
+    buffer = ReplayBuffer(storage=LazyTensorStorage(1000), batch_size=20)
+    collector = make_collector(make_env(backbone, 6), policy, iterations=3)
+    loop = train(
+        collector,
+        recording,
+        torch.optim.SGD(trainable(loss), lr=1e-3),
+        advantage=PromptAdvantage(min_count=2),
+        sampler=TransitionSampler([0, 1]),
+        updates_per_epoch=3,
+        epochs=2,
+        buffer=buffer,
+    )
+    for iteration, _ in enumerate(loop):
+        assert len(buffer) == (iteration + 1) * 6 * 2
+        assert set(buffer[:]["step"].flatten().tolist()) == {0, 1}
+        assert [len(part) for part in drawn] == [20] * 6
+        # A batch's groups are numbered on: those of this iteration and of each before it.
+        assert {group // 6 for part in drawn for group in part} == set(range(iteration + 1))
+        drawn.clear()
+    collector.shutdown()
+
+
 def test_metrics_are_those_of_the_rollout(backbone, policy):
     batches = []
 
