@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -13,19 +14,22 @@ import torch
 from tensordict import TensorDictBase
 from torch import nn
 from torchrl.collectors import Collector
+from torchrl.data import ReplayBuffer
 from torchrl.envs import Transform
 from torchrl.modules import ProbabilisticActor
 from torchrl.objectives import LossModule
+from torchrl.objectives.utils import TargetNetUpdater
 from tqdm import tqdm
 
 from diffusion_env.env import Reward
 
-from .checkpoint import Checkpoints, TrainedState
+from .checkpoint import Checkpoints, Stateful, TrainedState
 from .evaluation import Evaluation, Evaluator
+from .memory import memory_advice
 from .rollout import TransitionSampler
 from .run_folder import RunFolder
 from .stopping import StopRequest
-from .training import Check, train
+from .training import SKIPPED, Check, train
 
 
 class Saveable(Protocol):
@@ -54,6 +58,8 @@ class Optimisation:
     """Transitions that go through the network at a time; bounds memory, changes nothing else."""
     max_grad_norm: float = 1.0
     """The gradient's global norm is clipped to this."""
+    max_skipped_updates: int = 10
+    """Updates whose gradient is not finite are skipped and counted; after more than this many the run stops."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,12 @@ class Experiment:
     """Iterations between checkpoints; there is one after the last iteration in any case."""
     transform: Transform | None = None
     """What is done to the transitions of an optimiser step when they are drawn, see `train`."""
+    buffer: ReplayBuffer | None = None
+    """What an off-policy loss trains on, see `train`; part of each checkpoint."""
+    target_update: TargetNetUpdater | None = None
+    """Of a loss with target networks, see `train`."""
 
+    @memory_advice()
     def run(
         self, loss: LossModule, folder: RunFolder, *, checks: Sequence[Check] = ()
     ) -> tuple[Evaluation, Evaluation]:
@@ -89,6 +100,7 @@ class Experiment:
             checks: called with the first transitions before the first update.
 
         Raises:
+            FloatingPointError: too many updates had to be skipped.
             SystemExit: SIGTERM or Ctrl-C came; the status is 128 and the signal's number, as shells have it.
         """
         trainable = [parameter for parameter in loss.parameters() if parameter.requires_grad]
@@ -113,7 +125,10 @@ class Experiment:
             micro_batch=settings.micro_batch,
             max_grad_norm=settings.max_grad_norm,
             transform=self.transform,
+            buffer=self.buffer,
+            target_update=self.target_update,
             checks=() if first else checks,
+            prompts=self.collector.env.prompts,
         )
         images = self.collector.env.batch_size[0]
         with StopRequest() as stop, tqdm(initial=first, total=settings.iterations, unit="iteration") as progress:
@@ -127,13 +142,16 @@ class Experiment:
                     after = self.evaluator(self.policy)
                     metrics["eval_reward"] = after.mean
                 folder.log(metrics)
+                self._stop_if_broken(folder)
                 progress.set_description(f"reward {metrics['reward']:.3f} (fixed noise {after.mean:.3f})")
                 progress.set_postfix_str(f"{metrics['images_per_second']:.1f} images/s")
                 progress.update()
                 if iteration % self.checkpoint_every == 0 or last or stop.received:
                     checkpoints.save(iteration)
-                if stop.received and not last:
-                    _leave(stop, iteration, folder)
+                if stop.received:
+                    break
+        if stop.received and len(folder.rows) < settings.iterations:
+            _leave(stop.received, folder)
         if first == settings.iterations:  # it was stopped while it wrote what follows
             after = self.evaluator(self.policy)
         self.collector.shutdown()
@@ -142,8 +160,17 @@ class Experiment:
         self.backbone.save(str(folder.path / "lora"))
         return before, after
 
+    def _stop_if_broken(self, folder: RunFolder) -> None:
+        skipped = sum(row[SKIPPED] for row in folder.rows)
+        if skipped > self.optimisation.max_skipped_updates:
+            raise FloatingPointError(
+                f"{skipped:.0f} updates were skipped because their gradient was not finite, more than "
+                f"max_skipped_updates={self.optimisation.max_skipped_updates}; the warnings above name steps and "
+                "prompts. Lower the learning rate, or look for a reward or a network in half precision that overflows"
+            )
+
     def _checkpoints(self, loss: LossModule, optimizer: torch.optim.Optimizer, folder: RunFolder) -> Checkpoints:
-        parts = {
+        parts: dict[str, Stateful] = {
             "loss": TrainedState(loss, self.policy),
             "optimizer": optimizer,
             "advantage": self.advantage,
@@ -151,6 +178,10 @@ class Experiment:
             "sampler": self.sampler,
             "metrics": folder,
         }
+        if self.buffer is not None:
+            parts["buffer"] = self.buffer
+        if self.target_update is not None:
+            parts["target_update"] = self.target_update
         method = {"loss": type(loss).__name__, "advantage": type(self.advantage).__name__}
         return Checkpoints(folder.path / "checkpoints", parts, {**method, "settings": folder.config})
 
@@ -169,11 +200,11 @@ class Experiment:
         return self.advantage(rollout)
 
 
-def _leave(stop: StopRequest, iteration: int, folder: RunFolder) -> NoReturn:
-    assert stop.received
+def _leave(received: signal.Signals, folder: RunFolder) -> NoReturn:
     resume = shlex.join(["python", sys.argv[0], "--resume", str(folder.path)])
-    print(f"stopped after {iteration} iterations by {stop.received.name}; continue with: {resume}", file=sys.stderr)
-    raise SystemExit(128 + stop.received)
+    done = len(folder.rows)
+    print(f"stopped after {done} iterations by {received.name}; continue with: {resume}", file=sys.stderr)
+    raise SystemExit(128 + received)
 
 
 def summary(before: Evaluation, after: Evaluation, folder: RunFolder) -> str:

@@ -99,6 +99,7 @@ class TrainingSettings(Optimisation):
             _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         for name in ("learning_rate", "clip_range", "max_grad_norm"):
             _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be above 0")
+        _require(self.max_skipped_updates >= 0, f"max_skipped_updates={self.max_skipped_updates} must be at least 0")
         _require(self.kl_penalty >= 0, f"kl_penalty={self.kl_penalty} must be at least 0 (0 = none)")
         _require(self.min_step_std >= 0, f"min_step_std={self.min_step_std} must be at least 0")
         _require(0 < self.timestep_fraction <= 1, f"timestep_fraction={self.timestep_fraction} must lie in (0, 1]")

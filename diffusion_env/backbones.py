@@ -126,9 +126,16 @@ class StableDiffusionBackbone(nn.Module):
             raise ValueError(f"full fine-tuning in {dtype} loses small updates; use dtype='float32' or LoRA")
         # diffusers notes that a text encoder is not CLIP's; only its token states are used, so it need not be.
         logging.getLogger("diffusers.pipelines.pipeline_utils").addFilter(_is_no_type_note)
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            str(model), dtype=DTYPES[dtype], safety_checker=None, requires_safety_checker=False
-        ).to(device)
+        try:
+            pipeline = StableDiffusionPipeline.from_pretrained(
+                str(model), dtype=DTYPES[dtype], safety_checker=None, requires_safety_checker=False
+            ).to(device)
+        except Exception as error:
+            error.add_note(
+                f"The pipeline '{model}' could not be loaded. A folder must hold a whole Stable Diffusion pipeline in "
+                "diffusers' format (fetch a truncated file again); a hub name needs a connection or a copy in the cache"
+            )
+            raise
         if channels_last:
             pipeline.unet.to(memory_format=torch.channels_last)
             pipeline.vae.to(memory_format=torch.channels_last)

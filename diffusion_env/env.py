@@ -232,7 +232,17 @@ class DenoisingEnv(EnvBase):
             )
         reward = self._callables[1]
         prompts = [self.prompts[i] for i in tensordict["prompt_id"].flatten().tolist()]
-        return checked_reward(reward(self.decode(latents), prompts), prompts).to(self.device)[:, None]
+        images = self.decode(latents)
+        try:
+            values = reward(images, prompts)
+        except Exception as error:
+            error.add_note(f"Raised by the reward {_name(reward)} for {len(prompts)} images, the first {prompts[0]!r}")
+            raise
+        return checked_reward(values, prompts).to(self.device)[:, None]
+
+
+def _name(reward: Reward) -> str:
+    return getattr(reward, "name", None) or getattr(reward, "__qualname__", type(reward).__name__)
 
 
 def checked_reward(values: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -1,11 +1,19 @@
 """Runs that are killed, stopped or damaged continue as if nothing had happened: real processes, real signals."""
 
+import json
 import random
+import shutil
 import signal
+import subprocess
 import time
+from functools import partial
 
 import pytest
 
+from agents import RunFolder
+from agents.checkpoint import DamagedCheckpointWarning
+from configs import build_folder, parse_settings
+from examples import ppo_aesthetic
 from tests.runs import Program, assert_same_run, checkpoint, finish, metrics, start, wait_for
 
 ITERATIONS = 12
@@ -32,44 +40,144 @@ def reference(ppo, tmp_path_factory):
     return run
 
 
-def kill_and_resume(program, run, chance):
-    """Kill `program` at a random moment after it has made its folder; again and again until it is finished."""
-    command, kills = program.command(run), 0
-    while True:
+def in_process(command):
+    """What the command does, without a process of its own."""
+    ppo_aesthetic.main(parse_settings("", command[2:]))
+
+
+@pytest.fixture
+def copy(reference, tmp_path):
+    """The finished run, to be tampered with."""
+    shutil.copytree(reference, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def is_newer(file, moment):
+    return file.exists() and file.stat().st_mtime_ns > moment
+
+
+def kill_and_resume(program, run, kills, seed):
+    """Kill `program` at random moments of its sampling, training and writing, `kills` times; then let it finish."""
+    chance = random.Random(seed)
+    command, killed = program.command(run), 0
+    while killed < kills:
         process = start(command)
-        wait_for(run / "config.json", process)
-        if kills:  # the folder is there already: until it trains
-            wait_for(run / "logs", process)
-        time.sleep(chance.uniform(0, 2.5))
+        wait_for(partial(is_newer, run / "metrics.csv" if killed else run / "config.json", time.time_ns()), process)
+        time.sleep(chance.uniform(0, 0.5))
         process.kill()
         process.communicate()
-        if process.returncode == 0:
-            return kills
-        assert process.returncode == -signal.SIGKILL
-        command, kills = program.resume(run), kills + 1
-        if kills == 2:
-            finish(command)
-            return kills
+        assert process.returncode == -signal.SIGKILL, "the run was finished before it could be killed"
+        command, killed = program.resume(run), killed + 1
+    finish(command)
 
 
-def test_a_killed_run_continues_bit_for_bit(ppo, reference, tmp_path):
-    assert kill_and_resume(ppo, tmp_path / "run", random.Random(0)) == 2
+def test_a_run_that_is_killed_twice_continues_bit_for_bit(ppo, reference, tmp_path):
+    kill_and_resume(ppo, tmp_path / "run", 2, seed=0)
     assert_same_run(tmp_path / "run", reference, ITERATIONS)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["ppo_aesthetic.py", "rwr_compressibility.py", "nabla_db_aesthetic.py"])
+def test_a_run_that_is_killed_seven_times_continues_bit_for_bit(name, tiny_folder, prompts, tmp_path):
+    options = () if name == "nabla_db_aesthetic.py" else ("--reward", "jpeg-compressibility")
+    program = Program(name, tiny_folder, prompts, options, iterations=60)
+    finish(program.command(tmp_path / "reference"))
+    kill_and_resume(program, tmp_path / "run", 7, seed=1)
+    assert_same_run(tmp_path / "run", tmp_path / "reference", 60)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 def test_a_signal_writes_a_checkpoint_and_shows_how_to_resume(number, ppo, reference, tmp_path):
     run = tmp_path / "run"
     process = start(ppo.command(run))
-    wait_for(checkpoint(run, 1), process)
+    wait_for(checkpoint(run, 1).exists, process)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     done = len(metrics(run))
     assert 1 <= done < ITERATIONS
     assert checkpoint(run, done).exists()
+    assert f"{number.name}: finishing this iteration" in errors
     assert f"stopped after {done} iterations by {number.name}" in errors
-    command = errors.split("continue with: ")[1].strip().split()
+    command = errors.split("continue with: ")[1].split()
     assert command == ["python", *ppo.resume(run)[1:]]
-    finish(ppo.resume(run))
+    in_process(ppo.resume(run))
     assert_same_run(run, reference, ITERATIONS)
+
+
+def test_a_second_ctrl_c_leaves_at_once(ppo, reference, tmp_path):
+    run = tmp_path / "run"
+    process = start(ppo.command(run))
+    wait_for(checkpoint(run, 1).exists, process)
+    for _ in range(2):  # one right after the other: the iteration cannot have been finished between them
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.02)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGINT
+    assert "stopped after" not in errors
+
+
+def test_the_checkpoint_before_a_damaged_one_continues(ppo, reference, copy):
+    newest = checkpoint(copy, ITERATIONS)
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 2] ^= 1
+    newest.write_bytes(content)
+    with pytest.warns(DamagedCheckpointWarning, match=newest.name):
+        in_process(ppo.resume(copy))
+    assert_same_run(copy, reference, ITERATIONS)
+
+
+def test_a_finished_run_writes_its_pictures_and_weights_again(ppo, reference, copy):
+    (copy / "reward_curve.png").unlink()
+    shutil.rmtree(copy / "lora")
+    in_process(ppo.resume(copy))
+    assert (copy / "reward_curve.png").exists()
+    assert_same_run(copy, reference, ITERATIONS)
+
+
+def test_other_settings_are_refused(ppo, copy):
+    config = json.loads((copy / "config.json").read_text())
+    config["model"]["lora_rank"] = 5
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"belongs to another run .*settings.model.lora_rank is 3, 5"):
+        in_process(ppo.resume(copy))
+
+
+def test_a_run_is_repeated_from_its_settings(ppo, reference, tmp_path):
+    run = tmp_path / "again"
+    in_process([*ppo.resume(reference)[:2], "--config", str(reference / "config.json"), "--output", str(run)])
+    assert metrics(run) == metrics(reference)
+
+
+def test_a_second_run_in_the_same_folder_is_refused_or_gets_its_own(ppo, copy):
+    first = RunFolder(copy, json.loads((copy / "config.json").read_text()), resume=True)
+    done = subprocess.run(ppo.resume(copy), capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1
+    assert f"another process is writing to {copy}" in done.stderr
+    assert build_folder(parse_settings("", ppo.command(copy)[2:])).path.name == "copy-2"
+    del first
+
+
+def test_a_full_disk_stops_the_run_with_a_message_and_it_continues_with_room(ppo, reference, tmp_path):
+    """A limit on the size of a file stands for the full disk; it is above what comes before the checkpoint."""
+    run = tmp_path / "run"
+    limited = ["bash", "-c", 'ulimit -f 32; exec "$@"', "bash", *ppo.command(run)]
+    done = subprocess.run(limited, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1
+    assert "The checkpoint after 1 iterations could not be written" in done.stderr
+    assert list((run / "checkpoints").iterdir()) == []
+    in_process(ppo.resume(run))
+    assert_same_run(run, reference, ITERATIONS)
+
+
+def test_a_read_only_run_folder_is_named(ppo, copy):
+    mount = f"mount --bind {copy} {copy} && mount -o remount,bind,ro {copy}"
+    namespace = ["unshare", "--mount", "bash", "-c"]
+    if not shutil.which("unshare") or subprocess.run([*namespace, mount], capture_output=True).returncode:
+        pytest.skip("mounting needs root or a system that lets users make mount namespaces")
+    before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
+    command = [*namespace, f'{mount} && exec "$@"', "bash", *ppo.resume(copy)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1
+    assert f"The run folder {copy} cannot be written" in done.stderr
+    assert {path: path.stat().st_mtime_ns for path in copy.rglob("*")} == before
