@@ -15,7 +15,7 @@ SMALL = [
     "--sampling.images-per-iteration", "6",
     "--sampling.num-steps", "3",
     "--training.iterations", "2",
-    "--evaluation-samples", "1",
+    "--evaluation-samples", "2",
     "--evaluate-every", "1",
 ]  # fmt: skip
 RUNS = {
@@ -35,13 +35,23 @@ def test_no_example_is_forgotten():
 @pytest.mark.parametrize("name", RUNS)
 def test_example_leaves_a_complete_run_folder(name, tmp_path):
     output = tmp_path / "run"
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\na dog\nan ant\n")
     command = [sys.executable, str(ROOT / "examples" / name), *SMALL, "--output", str(output)]
+    command += ["--sampling.prompts", str(prompts)]
     if name == "ppo_aesthetic.py":
         command += ["--training.clip-range", "0.01"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert RUNS[name] in done.stdout
-    for file in ("reward_curve.png", "before_after.png", "metrics.csv", "checkpoint.pt", "config.json"):
+    for file in (
+        "evaluations.csv",
+        "reward_curve.png",
+        "before_after.png",
+        "metrics.csv",
+        "checkpoint.pt",
+        "config.json",
+    ):
         assert (output / file).stat().st_size > 0
         assert str(output / file) in done.stdout
     assert (output / "lora" / "pytorch_lora_weights.safetensors").exists()
@@ -51,6 +61,12 @@ def test_example_leaves_a_complete_run_folder(name, tmp_path):
     assert len(rows) == 2
     assert float(rows[1]["grad_norm"]) > 0
     assert "eval_reward" in rows[0]
+    with (output / "evaluations.csv").open() as file:
+        evaluations = list(csv.DictReader(file))
+    assert [row["iteration"] for row in evaluations] == ["0", "1", "2"]
+    assert float(evaluations[0]["kl"]) == 0 < float(evaluations[2]["kl"])
+    assert float(evaluations[0]["held_out_prompt_fidelity"]) < 0 < float(evaluations[0]["diversity"])
+    assert len(list((output / "samples").glob("*.png"))) == 3
     checkpoint = torch.load(output / "checkpoint.pt", weights_only=True)
     assert checkpoint.keys() == {"loss", "optimizer", "advantage"}
 
