@@ -1,4 +1,4 @@
-"""A whole run around the loop: evaluate, train with a progress bar, log, write checkpoints, evaluate again, save."""
+"""A whole run around the loop: evaluate, train with a progress bar, log, write checkpoints, watch, save."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import shlex
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NoReturn, Protocol
 
 import torch
@@ -26,10 +27,12 @@ from diffusion_env.env import Reward
 from .checkpoint import Checkpoints, Stateful, TrainedState
 from .evaluation import Evaluation, Evaluator
 from .memory import memory_advice
+from .metrics import standard_error
 from .rollout import TransitionSampler
 from .run_folder import RunFolder
 from .stopping import StopRequest
 from .training import SKIPPED, Check, train
+from .watch import NO_VERDICT, OverOptimisationWarning, OverOptimisationWatch, Verdict, WatchRule
 
 
 class Saveable(Protocol):
@@ -84,6 +87,8 @@ class Experiment:
     """What an off-policy loss trains on, see `train`; part of each checkpoint."""
     target_update: TargetNetUpdater | None = None
     """Of a loss with target networks, see `train`."""
+    watch: WatchRule = field(default_factory=WatchRule)
+    """When the run is taken to over-optimise its reward, see `agents/watch.py`."""
 
     @memory_advice()
     def run(
@@ -92,7 +97,8 @@ class Experiment:
         """Train with `loss`, leave everything in `folder`, and return the evaluations before and after.
 
         A resumed folder's run continues after its newest checkpoint as if it had never stopped. SIGTERM and Ctrl-C
-        finish the iteration and write a checkpoint.
+        finish the iteration and write a checkpoint. An `OverOptimisationWarning` says at which evaluation the watch
+        raised an alarm.
 
         Args:
             loss: the method.
@@ -110,10 +116,13 @@ class Experiment:
             trainable, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
         )
         before = after = self.evaluator(self.policy)
-        checkpoints = self._checkpoints(loss, optimizer, folder)
+        watch = OverOptimisationWatch(self.watch, before)
+        checkpoints = self._checkpoints(loss, optimizer, folder, watch)
         if folder.resumed:
             self._resume(checkpoints, folder)
         first = len(folder.rows)
+        if not first:
+            folder.log_evaluation(0, before, before, NO_VERDICT)
         loop = train(
             self.collector,
             loss,
@@ -131,16 +140,20 @@ class Experiment:
             prompts=self.collector.env.prompts,
         )
         images = self.collector.env.batch_size[0]
+        left = range(0) if watch.stopped else range(first + 1, settings.iterations + 1)
+        last = not left
         with StopRequest() as stop, tqdm(initial=first, total=settings.iterations, unit="iteration") as progress:
             progress.set_description(f"reward {before.mean:.3f} before")
-            for iteration in range(first + 1, settings.iterations + 1):
+            for iteration in left:
                 start = time.perf_counter()
                 metrics = next(loop)
                 metrics["images_per_second"] = images / (time.perf_counter() - start)
                 last = iteration == settings.iterations
                 if iteration % self.evaluate_every == 0 or last:
                     after = self.evaluator(self.policy)
-                    metrics["eval_reward"] = after.mean
+                    verdict = watch(after)
+                    last = last or verdict.stop
+                    metrics |= self._note(folder, iteration, after, before, verdict)
                 folder.log(metrics)
                 self._stop_if_broken(folder)
                 progress.set_description(f"reward {metrics['reward']:.3f} (fixed noise {after.mean:.3f})")
@@ -148,11 +161,11 @@ class Experiment:
                 progress.update()
                 if iteration % self.checkpoint_every == 0 or last or stop.received:
                     checkpoints.save(iteration)
-                if stop.received:
+                if stop.received or last:
                     break
-        if stop.received and len(folder.rows) < settings.iterations:
+        if stop.received and not last:
             _leave(stop.received, folder)
-        if first == settings.iterations:  # it was stopped while it wrote what follows
+        if not left:  # it was stopped while it wrote what follows
             after = self.evaluator(self.policy)
         self.collector.shutdown()
         folder.save_curve(before)
@@ -169,7 +182,9 @@ class Experiment:
                 "prompts. Lower the learning rate, or look for a reward or a network in half precision that overflows"
             )
 
-    def _checkpoints(self, loss: LossModule, optimizer: torch.optim.Optimizer, folder: RunFolder) -> Checkpoints:
+    def _checkpoints(
+        self, loss: LossModule, optimizer: torch.optim.Optimizer, folder: RunFolder, watch: OverOptimisationWatch
+    ) -> Checkpoints:
         parts: dict[str, Stateful] = {
             "loss": TrainedState(loss, self.policy),
             "optimizer": optimizer,
@@ -177,6 +192,7 @@ class Experiment:
             "environment": self.collector.env,
             "sampler": self.sampler,
             "metrics": folder,
+            "watch": watch,
         }
         if self.buffer is not None:
             parts["buffer"] = self.buffer
@@ -188,11 +204,22 @@ class Experiment:
     def _resume(self, checkpoints: Checkpoints, folder: RunFolder) -> None:
         newest = checkpoints.newest()
         if newest is None:
-            folder.load_state_dict({"rows": []})  # from the start, where everything is as it was
+            folder.load_state_dict({"rows": [], "evaluations": []})  # from the start, where everything is as it was
             return
         checkpoints.load(newest)
         self.collector.reset()  # draws again what the environment had drawn for the next iteration
         checkpoints.load_random_states(newest)
+
+    def _note(
+        self, folder: RunFolder, iteration: int, evaluation: Evaluation, before: Evaluation, verdict: Verdict
+    ) -> dict[str, float]:
+        """Log an evaluation, keep its weights if they are the best so far, warn; returns its metrics."""
+        if verdict.keep:
+            self.backbone.save(str(folder.path / "lora_best"))
+        for alarm in verdict.alarms:
+            warnings.warn(f"iteration {iteration}: {alarm}", OverOptimisationWarning, stacklevel=3)
+        row = folder.log_evaluation(iteration, evaluation, before, verdict)
+        return {f"eval_{key}": value for key, value in row.items()}
 
     def _prepared(self, rollout: TensorDictBase) -> TensorDictBase:
         for step in self.prepare:
@@ -210,14 +237,17 @@ def _leave(received: signal.Signals, folder: RunFolder) -> NoReturn:
 def summary(before: Evaluation, after: Evaluation, folder: RunFolder) -> str:
     """The closing lines of a run: what was reached and where everything is."""
     gain = (after.mean - before.mean) / before.std
-    error = after.std / len(after.rewards) ** 0.5
+    error = standard_error(after.rewards)
+    best = folder.path / "lora_best"
     return (
         f"reward on fixed prompts and noise: {before.mean:.4f} before, {after.mean:.4f} +- {error:.4f} after, "
         f"{gain:+.2f} standard deviations of the pretrained model's images ({len(after.rewards)} images)\n"
         f"curve         {folder.path / 'reward_curve.png'}\n"
         f"before/after  {folder.path / 'before_after.png'}\n"
         f"metrics       {folder.path / 'metrics.csv'}\n"
+        f"evaluations   {folder.path / 'evaluations.csv'}\n"
         f"settings      {folder.path / 'config.json'}\n"
         f"checkpoints   {folder.path / 'checkpoints'}\n"
-        f"weights       {folder.path / 'lora'}   (diffusers: pipe.load_lora_weights(folder))"
+        f"weights       {folder.path / 'lora'}   (diffusers: pipe.load_lora_weights(folder))\n"
+        f"best held-out {best if best.exists() else 'none without alarm'}"
     )

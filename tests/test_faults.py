@@ -72,7 +72,7 @@ def settings(tiny_folder, tmp_path):
         "sampling.images-per-iteration": 4,
         "training.iterations": 5,
         "training.advantage-min-count": 2,
-        "evaluation-samples": 1,
+        "evaluation-samples": 2,
         "output": tmp_path / "run",
     }
     return parse_settings("", [str(part) for key, value in arguments.items() for part in (f"--{key}", value)])
