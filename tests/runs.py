@@ -25,6 +25,7 @@ class Program:
     prompts: Path
     options: tuple[str, ...] = ()
     iterations: int = 4
+    images: int = 6
 
     def command(self, output: Path) -> list[str]:
         """Start a new run in `output`."""
@@ -34,7 +35,7 @@ class Program:
             "model.guidance-scale": 2,
             "sampling.prompts": self.prompts,
             "sampling.num-steps": 3,
-            "sampling.images-per-iteration": 6,
+            "sampling.images-per-iteration": self.images,
             "training.iterations": self.iterations,
             "training.advantage-min-count": 2,
             "evaluation-samples": 1,

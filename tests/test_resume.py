@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -105,15 +106,18 @@ def test_a_signal_writes_a_checkpoint_and_shows_how_to_resume(number, ppo, refer
     assert_same_run(run, reference, ITERATIONS)
 
 
-def test_a_second_ctrl_c_leaves_at_once(ppo, reference, tmp_path):
-    run = tmp_path / "run"
-    process = start(ppo.command(run))
+def test_a_second_ctrl_c_leaves_at_once(ppo, tmp_path):
+    run, seconds = tmp_path / "run", 0.5
+    process = start(replace(ppo, images=300).command(run))  # an iteration takes longer than that
     wait_for(checkpoint(run, 1).exists, process)
-    for _ in range(2):  # one right after the other: the iteration cannot have been finished between them
-        process.send_signal(signal.SIGINT)
-        time.sleep(0.02)
+    time.sleep(seconds / 2)
+    process.send_signal(signal.SIGINT)
+    time.sleep(seconds / 2)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == -signal.SIGINT
+    assert "SIGINT: finishing this iteration" in errors
     assert "stopped after" not in errors
 
 
