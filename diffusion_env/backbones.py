@@ -19,6 +19,8 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from tensordict import TensorDict
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 from transformers.utils import logging as transformers_logging
 
 from .conditioning import ConditioningCache
@@ -91,7 +93,7 @@ class StableDiffusionBackbone(nn.Module):
             _add_lora(self.unet, lora)
         cast_training_params(self.unet)  # float32 master weights, whatever the network computes in
         if gradient_checkpointing:
-            self.unet.enable_gradient_checkpointing()
+            self.unet.enable_gradient_checkpointing(_checkpointed)
         self._negative = self._encode([""])
 
     @classmethod
@@ -236,6 +238,26 @@ class StableDiffusionBackbone(nn.Module):
     def _lora_metadata(self) -> dict[str, Any]:
         # Without it alpha is lost and diffusers would assume alpha = rank.
         return self.unet.peft_config[ADAPTER].to_dict()
+
+
+def _checkpointed(module: nn.Module, *inputs: Any) -> Any:
+    """`module(*inputs)`, recomputed with the attention kernels that are allowed now.
+
+    By the time of the backward pass others may be: `NablaDBLoss` allows only the one that has a second derivative.
+    """
+    enabled = {
+        SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled,
+        SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.mem_efficient_sdp_enabled,
+        SDPBackend.CUDNN_ATTENTION: torch.backends.cuda.cudnn_sdp_enabled,
+        SDPBackend.MATH: torch.backends.cuda.math_sdp_enabled,
+    }
+    allowed = [kernel for kernel, is_enabled in enabled.items() if is_enabled()]
+
+    def run(*inputs: Any) -> Any:
+        with sdpa_kernel(allowed):
+            return module(*inputs)
+
+    return checkpoint(run, *inputs, use_reentrant=False)
 
 
 def _is_no_type_note(record: logging.LogRecord) -> bool:

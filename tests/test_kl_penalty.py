@@ -3,7 +3,7 @@
 import pytest
 import torch
 from tensordict import TensorDict
-from torchrl.objectives import A2CLoss, ClipPPOLoss, KLPENPPOLoss, ReinforceLoss
+from torchrl.objectives import A2CLoss, ClipPPOLoss, KLPENPPOLoss, ReinforceLoss, SoftUpdate
 
 from agents import KLPenalty, RWRLoss, ScoreFunctionLoss, ddpo_is_loss, make_critic, make_policy
 from diffusion_env import ConditioningCache, StableDiffusionBackbone
@@ -12,10 +12,21 @@ from tests.tiny import tiny_pipeline
 
 STEPS = 3
 ANIMALS = ("a cat", "a dog")
+
+
+def delayed(loss):
+    """Its first call of the policy's network is the older policy's, and has no gradient."""
+    SoftUpdate(loss, tau=0.1)
+    return loss
+
+
 WITH_CRITIC = {
     "Reinforce": lambda policy, critic: ReinforceLoss(policy, critic),
     "A2C": lambda policy, critic: A2CLoss(policy, critic, entropy_bonus=False),
     "ClipPPO": lambda policy, critic: ClipPPOLoss(policy, critic, clip_epsilon=0.1, entropy_bonus=False),
+    "KLPENPPO, delayed": lambda policy, critic: delayed(
+        KLPENPPOLoss(policy, critic, entropy_bonus=False, delay_actor=True)
+    ),
     "KLPENPPO": lambda policy, critic: KLPENPPOLoss(policy, critic, entropy_bonus=False),
 }
 
@@ -103,6 +114,7 @@ def test_it_costs_one_call_without_gradient_whatever_the_loss(trained_backbone, 
     losses = penalised(data.clone())
     assert calls == [*alone, False]
     assert losses["kl_reference"] > 0
+    assert losses["loss_kl"].requires_grad
     assert [id(p) for p in penalised.parameters()] == [id(p) for p in loss.parameters()]
     with trained_backbone.reference():
         pretrained = policy.get_dist(data.clone()).loc
