@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torchrl.modules import ProbabilisticActor
 
@@ -79,7 +81,7 @@ def build_held_out(
 
 def build_experiment(settings: RunSettings, *, keep_model_output: bool = False) -> Experiment:
     """Everything of a policy-gradient run but the loss; `keep_model_output` is that of `make_policy`."""
-    torch.manual_seed(settings.seed)
+    _seed(settings.seed)
     prompts: Sequence[str] = prompt_set(settings.sampling.prompts)  # a missing file shows before a model loads
     sampling, training = settings.sampling, settings.training
     backbone = build_backbone(settings.model)
@@ -127,6 +129,13 @@ def build_experiment(settings: RunSettings, *, keep_model_output: bool = False) 
         checkpoint_every=settings.checkpoint_every,
         watch=settings.watch,
     )
+
+
+def _seed(seed: int) -> None:
+    """The process's generators: PyTorch's makes adapters and noise, the others are for rewards that draw numbers."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
 
 
 def build_folder(settings: RunSettings) -> RunFolder:

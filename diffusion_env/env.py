@@ -242,7 +242,7 @@ class DenoisingEnv(EnvBase):
 
 
 def _name(reward: Reward) -> str:
-    return getattr(reward, "name", None) or getattr(reward, "__qualname__", type(reward).__name__)
+    return str(getattr(reward, "name", None) or getattr(reward, "__qualname__", type(reward).__name__))
 
 
 def checked_reward(values: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -18,6 +18,7 @@ from examples import ppo_aesthetic
 from tests.runs import Program, assert_same_run, checkpoint, finish, metrics, start, wait_for
 
 ITERATIONS = 12
+LONG = 30
 
 
 @pytest.fixture(scope="session")
@@ -64,7 +65,7 @@ def kill_and_resume(program, run, kills, seed):
     while killed < kills:
         process = start(command)
         wait_for(partial(is_newer, run / "metrics.csv" if killed else run / "config.json", time.time_ns()), process)
-        time.sleep(chance.uniform(0, 0.5))
+        time.sleep(chance.uniform(0, 0.8))
         process.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL, "the run was finished before it could be killed"
@@ -81,10 +82,10 @@ def test_a_run_that_is_killed_twice_continues_bit_for_bit(ppo, reference, tmp_pa
 @pytest.mark.parametrize("name", ["ppo_aesthetic.py", "rwr_compressibility.py", "nabla_db_aesthetic.py"])
 def test_a_run_that_is_killed_seven_times_continues_bit_for_bit(name, tiny_folder, prompts, tmp_path):
     options = () if name == "nabla_db_aesthetic.py" else ("--reward", "jpeg-compressibility")
-    program = Program(name, tiny_folder, prompts, options, iterations=60)
+    program = Program(name, tiny_folder, prompts, options, LONG)
     finish(program.command(tmp_path / "reference"))
     kill_and_resume(program, tmp_path / "run", 7, seed=1)
-    assert_same_run(tmp_path / "run", tmp_path / "reference", 60)
+    assert_same_run(tmp_path / "run", tmp_path / "reference", LONG)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
