@@ -10,12 +10,15 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
+import torch
+from torchrl.data import LazyTensorStorage, ReplayBuffer
+from torchrl.objectives import SoftUpdate
 
-from agents import RunFolder
+from agents import RestoreNext, RunFolder, iql_loss
 from agents.checkpoint import DamagedCheckpointWarning
-from configs import build_folder, parse_settings
+from configs import build_experiment, build_folder, parse_settings
 from examples import ppo_aesthetic
-from tests.runs import Program, assert_same_run, checkpoint, finish, metrics, start, wait_for
+from tests.runs import Program, assert_same_run, checkpoint, finish, metrics, start, tensors, wait_for
 
 ITERATIONS = 12
 LONG = 30
@@ -186,3 +189,28 @@ def test_a_read_only_run_folder_is_named(ppo, copy):
     assert done.returncode == 1
     assert f"The run folder {copy} cannot be written" in done.stderr
     assert {path: path.stat().st_mtime_ns for path in copy.rglob("*")} == before
+
+
+def off_policy(settings):
+    """Implicit Q-learning, with a buffer that outlives iterations, critics and target networks."""
+    experiment = build_experiment(settings)
+    loss = iql_loss(experiment.policy, width=8)
+    experiment = replace(
+        experiment,
+        advantage=torch.nn.Identity(),
+        buffer=ReplayBuffer(storage=LazyTensorStorage(25), batch_size=12, transform=RestoreNext()),
+        target_update=SoftUpdate(loss, tau=0.1),
+    )
+    experiment.run(loss, build_folder(settings))
+
+
+def test_a_buffer_critics_and_target_networks_continue_too(ppo, tmp_path):
+    program = replace(ppo, iterations=4)
+    for run in ("run", "reference"):
+        off_policy(parse_settings("", program.command(tmp_path / run)[2:]))
+    checkpoint(tmp_path / "run", 4).unlink()  # as if it had been killed before that one
+    off_policy(parse_settings("", program.resume(tmp_path / "run")[2:]))
+    names = " ".join(tensors(tmp_path / "reference", 4))
+    assert "buffer" in names
+    assert "target_update" in names
+    assert_same_run(tmp_path / "run", tmp_path / "reference", 4)
