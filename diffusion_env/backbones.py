@@ -84,6 +84,8 @@ class StableDiffusionBackbone(nn.Module):
         self._pipeline = (pipeline,)  # a tuple hides it from nn.Module: its frozen parts are no policy parameters
         for part in (pipeline.vae, pipeline.text_encoder, self.unet):
             part.requires_grad_(False).eval()
+        # Asked later, while a loss holds other parameters in the network's place, it would find none.
+        self._dtype = self.unet.dtype
         self._references = 0  # contexts of `reference` entered
         self._reference: tuple[nn.Module, ...] = ()
         if lora is None:
@@ -182,7 +184,7 @@ class StableDiffusionBackbone(nn.Module):
             timestep: int64 [B].
             conditioning: what `conditioning(...)` returns for the batch's prompt ids.
         """
-        x_t = x_t.to(self.pipeline.unet.dtype)
+        x_t = x_t.to(self._dtype)
         states = conditioning["encoder_hidden_states"]
         if self.guidance_scale == 1:
             return self.unet(x_t, timestep, encoder_hidden_states=states).sample.float()
