@@ -29,7 +29,8 @@ RUNS = {
 
 
 def test_no_example_is_forgotten():
-    assert set(EXAMPLES) == {*RUNS, "pretrain_embedded.py"}  # the last one is tested in test_pretraining.py
+    # The last two are tested in test_pretraining.py and test_evaluate.py.
+    assert set(EXAMPLES) == {*RUNS, "pretrain_embedded.py", "evaluate.py"}
 
 
 @pytest.mark.parametrize("name", RUNS)
