@@ -11,6 +11,7 @@ RUNS = [("style-preference", 0), ("style-preference", 1), ("style-preference", 2
 
 
 @pytest.mark.long
+@pytest.mark.filterwarnings("always::agents.OverOptimisationWarning")  # the row says what became of the animals
 @pytest.mark.parametrize(("reward", "seed"), RUNS)
 def test_reward_rises_by_two_standard_deviations_and_animals_stay(reward, seed, tmp_path):
     row = measure(replace(RunSettings(), reward=reward, seed=seed, output=tmp_path / "run"))
