@@ -30,7 +30,8 @@ RUNS = {
 
 
 def test_no_example_is_forgotten():
-    assert set(EXAMPLES) == {*RUNS, "pretrain_embedded.py"}  # the last one is tested in test_pretraining.py
+    # The last two are tested in test_pretraining.py and test_evaluate.py.
+    assert set(EXAMPLES) == {*RUNS, "pretrain_embedded.py", "evaluate.py"}
     listed = re.findall(r"^\| `python examples/(\w+\.py)`", (ROOT / "examples" / "README.md").read_text(), re.MULTILINE)
     assert sorted(listed) == sorted(RUNS)
 
