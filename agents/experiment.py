@@ -141,7 +141,7 @@ class Experiment:
         )
         images = self.collector.env.batch_size[0]
         left = range(0) if watch.stopped else range(first + 1, settings.iterations + 1)
-        last = not left
+        last, leaving = not left, None
         with StopRequest() as stop, tqdm(initial=first, total=settings.iterations, unit="iteration") as progress:
             progress.set_description(f"reward {before.mean:.3f} before")
             for iteration in left:
@@ -159,12 +159,13 @@ class Experiment:
                 progress.set_description(f"reward {metrics['reward']:.3f} (fixed noise {after.mean:.3f})")
                 progress.set_postfix_str(f"{metrics['images_per_second']:.1f} images/s")
                 progress.update()
-                if iteration % self.checkpoint_every == 0 or last or stop.received:
+                leaving = stop.received
+                if iteration % self.checkpoint_every == 0 or last or leaving:
                     checkpoints.save(iteration)
-                if stop.received or last:
+                if last or leaving:
                     break
-        if stop.received and not last:
-            _leave(stop.received, folder)
+        if leaving and not last:
+            _leave(leaving, folder)
         if not left:  # it was stopped while it wrote what follows
             after = self.evaluator(self.policy)
         self.collector.shutdown()
