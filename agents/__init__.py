@@ -16,6 +16,7 @@ from .rollout import RecomputeLogProb, TransitionSampler, make_collector, share_
 from .run_folder import RunFolder
 from .rwr import BestTrajectories, ExponentialWeights, RWRLoss
 from .training import train
+from .watch import OverOptimisationWarning, OverOptimisationWatch, WatchRule
 
 __all__ = [
     "AlignPropLoss",
@@ -33,6 +34,8 @@ __all__ = [
     "NablaDBLoss",
     "OnPolicyRatioCheck",
     "Optimisation",
+    "OverOptimisationWarning",
+    "OverOptimisationWatch",
     "PromptAdvantage",
     "RWRLoss",
     "ReFLLoss",
@@ -42,6 +45,7 @@ __all__ = [
     "RunFolder",
     "ScoreFunctionLoss",
     "TransitionSampler",
+    "WatchRule",
     "ddpo_is_loss",
     "iql_loss",
     "make_collector",

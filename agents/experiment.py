@@ -1,27 +1,38 @@
-"""A whole run around the loop: evaluate, train with a progress bar, log, evaluate again, save."""
+"""A whole run around the loop: evaluate, train with a progress bar, log, write checkpoints, watch, save."""
 
 from __future__ import annotations
 
+import shlex
+import signal
+import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import NoReturn, Protocol
 
 import torch
 from tensordict import TensorDictBase
 from torch import nn
 from torchrl.collectors import Collector
+from torchrl.data import ReplayBuffer
 from torchrl.envs import Transform
 from torchrl.modules import ProbabilisticActor
 from torchrl.objectives import LossModule
+from torchrl.objectives.utils import TargetNetUpdater
 from tqdm import tqdm
 
 from diffusion_env.env import Reward
 
+from .checkpoint import Checkpoints, Stateful, TrainedState
 from .evaluation import Evaluation, Evaluator
+from .memory import memory_advice
+from .metrics import standard_error
 from .rollout import TransitionSampler
 from .run_folder import RunFolder
-from .training import Check, train
+from .stopping import StopRequest
+from .training import SKIPPED, Check, train
+from .watch import NO_VERDICT, OverOptimisationWarning, OverOptimisationWatch, Verdict, WatchRule
 
 
 class Saveable(Protocol):
@@ -50,6 +61,8 @@ class Optimisation:
     """Transitions that go through the network at a time; bounds memory, changes nothing else."""
     max_grad_norm: float = 1.0
     """The gradient's global norm is clipped to this."""
+    max_skipped_updates: int = 10
+    """Updates whose gradient is not finite are skipped and counted; after more than this many the run stops."""
 
 
 @dataclass(frozen=True)
@@ -66,18 +79,35 @@ class Experiment:
     sampler: TransitionSampler
     optimisation: Optimisation
     evaluate_every: int
+    checkpoint_every: int = 1
+    """Iterations between checkpoints; there is one after the last iteration in any case."""
     transform: Transform | None = None
     """What is done to the transitions of an optimiser step when they are drawn, see `train`."""
+    buffer: ReplayBuffer | None = None
+    """What an off-policy loss trains on, see `train`; part of each checkpoint."""
+    target_update: TargetNetUpdater | None = None
+    """Of a loss with target networks, see `train`."""
+    watch: WatchRule = field(default_factory=WatchRule)
+    """When the run is taken to over-optimise its reward, see `agents/watch.py`."""
 
+    @memory_advice()
     def run(
         self, loss: LossModule, folder: RunFolder, *, checks: Sequence[Check] = ()
     ) -> tuple[Evaluation, Evaluation]:
         """Train with `loss`, leave everything in `folder`, and return the evaluations before and after.
 
+        A resumed folder's run continues after its newest checkpoint as if it had never stopped. SIGTERM and Ctrl-C
+        finish the iteration and write a checkpoint. An `OverOptimisationWarning` says at which evaluation the watch
+        raised an alarm.
+
         Args:
             loss: the method.
-            folder: where metrics, pictures and weights go.
+            folder: where metrics, pictures, checkpoints and weights go.
             checks: called with the first transitions before the first update.
+
+        Raises:
+            FloatingPointError: too many updates had to be skipped.
+            SystemExit: SIGTERM or Ctrl-C came; the status is 128 and the signal's number, as shells have it.
         """
         trainable = [parameter for parameter in loss.parameters() if parameter.requires_grad]
         # One kernel for all parameters instead of a loop over hundreds of small ones.
@@ -86,6 +116,13 @@ class Experiment:
             trainable, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
         )
         before = after = self.evaluator(self.policy)
+        watch = OverOptimisationWatch(self.watch, before)
+        checkpoints = self._checkpoints(loss, optimizer, folder, watch)
+        if folder.resumed:
+            self._resume(checkpoints, folder)
+        first = len(folder.rows)
+        if not first:
+            folder.log_evaluation(0, before, before, NO_VERDICT)
         loop = train(
             self.collector,
             loss,
@@ -97,29 +134,94 @@ class Experiment:
             micro_batch=settings.micro_batch,
             max_grad_norm=settings.max_grad_norm,
             transform=self.transform,
-            checks=checks,
+            buffer=self.buffer,
+            target_update=self.target_update,
+            checks=() if first else checks,
             reward_parts=lambda: getattr(self.reward, "last_parts", {}),  # any callable is a reward, few have parts
+            prompts=self.collector.env.prompts,
         )
         images = self.collector.env.batch_size[0]
-        with tqdm(total=settings.iterations, unit="iteration") as progress:
+        left = range(0) if watch.stopped else range(first + 1, settings.iterations + 1)
+        last, leaving = not left, None
+        with StopRequest() as stop, tqdm(initial=first, total=settings.iterations, unit="iteration") as progress:
             progress.set_description(f"reward {before.mean:.3f} before")
-            for iteration in range(settings.iterations):
+            for iteration in left:
                 start = time.perf_counter()
                 metrics = next(loop)
                 metrics["images_per_second"] = images / (time.perf_counter() - start)
-                if (iteration + 1) % self.evaluate_every == 0 or iteration + 1 == settings.iterations:
+                last = iteration == settings.iterations
+                if iteration % self.evaluate_every == 0 or last:
                     after = self.evaluator(self.policy)
-                    metrics["eval_reward"] = after.mean
+                    verdict = watch(after)
+                    last = last or verdict.stop
+                    metrics |= self._note(folder, iteration, after, before, verdict)
                 folder.log(metrics)
+                self._stop_if_broken(folder)
                 progress.set_description(f"reward {metrics['reward']:.3f} (fixed noise {after.mean:.3f})")
                 progress.set_postfix_str(f"{metrics['images_per_second']:.1f} images/s")
                 progress.update()
+                leaving = stop.received
+                if iteration % self.checkpoint_every == 0 or last or leaving:
+                    checkpoints.save(iteration)
+                if last or leaving:
+                    break
+        if leaving and not last:
+            _leave(leaving, folder)
+        if not left:  # it was stopped while it wrote what follows
+            after = self.evaluator(self.policy)
         self.collector.shutdown()
         folder.save_curve(before)
         folder.save_before_after(before, after)
         self.backbone.save(str(folder.path / "lora"))
-        folder.save_checkpoint(loss=loss, optimizer=optimizer, advantage=self.advantage)
         return before, after
+
+    def _stop_if_broken(self, folder: RunFolder) -> None:
+        skipped = sum(row[SKIPPED] for row in folder.rows)
+        if skipped > self.optimisation.max_skipped_updates:
+            raise FloatingPointError(
+                f"{skipped:.0f} updates were skipped because their gradient was not finite, more than "
+                f"max_skipped_updates={self.optimisation.max_skipped_updates}; the warnings above name steps and "
+                "prompts. Lower the learning rate, or look for a reward or a network in half precision that overflows"
+            )
+
+    def _checkpoints(
+        self, loss: LossModule, optimizer: torch.optim.Optimizer, folder: RunFolder, watch: OverOptimisationWatch
+    ) -> Checkpoints:
+        parts: dict[str, Stateful] = {
+            "loss": TrainedState(loss, self.policy),
+            "optimizer": optimizer,
+            "advantage": self.advantage,
+            "environment": self.collector.env,
+            "sampler": self.sampler,
+            "metrics": folder,
+            "watch": watch,
+        }
+        if self.buffer is not None:
+            parts["buffer"] = self.buffer
+        if self.target_update is not None:
+            parts["target_update"] = self.target_update
+        method = {"loss": type(loss).__name__, "advantage": type(self.advantage).__name__}
+        return Checkpoints(folder.path / "checkpoints", parts, {**method, "settings": folder.config})
+
+    def _resume(self, checkpoints: Checkpoints, folder: RunFolder) -> None:
+        newest = checkpoints.newest()
+        if newest is None:
+            folder.load_state_dict({"rows": [], "evaluations": []})  # from the start, where everything is as it was
+            return
+        checkpoints.load(newest)
+        self.collector.reset()  # draws again what the environment had drawn for the next iteration
+        checkpoints.load_random_states(newest)
+
+    def _note(
+        self, folder: RunFolder, iteration: int, evaluation: Evaluation, before: Evaluation, verdict: Verdict
+    ) -> dict[str, float]:
+        """Log an evaluation, keep its weights if they are the best so far, warn; returns its metrics."""
+        if verdict.keep:
+            self.backbone.save(str(folder.path / "lora_best"))
+        for alarm in verdict.alarms:
+            warnings.warn(f"iteration {iteration}: {alarm}", OverOptimisationWarning, stacklevel=3)
+        row = folder.log_evaluation(iteration, evaluation, before, verdict)
+        return {f"eval_{key}": value for key, value in row.items()}
 
     def _prepared(self, rollout: TensorDictBase) -> TensorDictBase:
         for step in self.prepare:
@@ -127,17 +229,27 @@ class Experiment:
         return self.advantage(rollout)
 
 
+def _leave(received: signal.Signals, folder: RunFolder) -> NoReturn:
+    resume = shlex.join(["python", sys.argv[0], "--resume", str(folder.path)])
+    done = len(folder.rows)
+    print(f"stopped after {done} iterations by {received.name}; continue with: {resume}", file=sys.stderr)
+    raise SystemExit(128 + received)
+
+
 def summary(before: Evaluation, after: Evaluation, folder: RunFolder) -> str:
     """The closing lines of a run: what was reached and where everything is."""
     gain = (after.mean - before.mean) / before.std
-    error = after.std / len(after.rewards) ** 0.5
+    error = standard_error(after.rewards)
+    best = folder.path / "lora_best"
     return (
         f"reward on fixed prompts and noise: {before.mean:.4f} before, {after.mean:.4f} +- {error:.4f} after, "
         f"{gain:+.2f} standard deviations of the pretrained model's images ({len(after.rewards)} images)\n"
         f"curve         {folder.path / 'reward_curve.png'}\n"
         f"before/after  {folder.path / 'before_after.png'}\n"
         f"metrics       {folder.path / 'metrics.csv'}\n"
+        f"evaluations   {folder.path / 'evaluations.csv'}\n"
         f"settings      {folder.path / 'config.json'}\n"
-        f"checkpoint    {folder.path / 'checkpoint.pt'}\n"
-        f"weights       {folder.path / 'lora'}   (diffusers: pipe.load_lora_weights(folder))"
+        f"checkpoints   {folder.path / 'checkpoints'}\n"
+        f"weights       {folder.path / 'lora'}   (diffusers: pipe.load_lora_weights(folder))\n"
+        f"best held-out {best if best.exists() else 'none without alarm'}"
     )

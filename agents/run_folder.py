@@ -1,43 +1,74 @@
-"""What a run leaves behind: configuration, metrics, curve, before/after picture, weights, checkpoint."""
+"""What a run leaves behind: configuration, metrics, evaluations, curve, pictures, weights."""
 
 from __future__ import annotations
 
-import csv
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from PIL import Image
 from torchrl.record.loggers import Logger, get_logger
 
+from .checkpoint import differences
 from .evaluation import Evaluation
+from .files import locked, write_rows, write_whole
+from .watch import Verdict
 
 LoggerName = Literal["csv", "tensorboard", "wandb"]
+LOGS = "logs"
+SAMPLES = 12
+TILE = 96  # pixels
 
 
 class RunFolder:
-    """One folder a run; `metrics.csv` has one row an iteration, whatever the logger."""
+    """One folder a run; `metrics.csv` has one row an iteration, whatever the logger.
 
-    def __init__(self, path: Path, config: Mapping[str, Any], *, logger: LoggerName = "csv") -> None:
+    While this object lives no other process can open the folder. Its state, for checkpoints, is the rows.
+    """
+
+    def __init__(
+        self, path: Path, config: Mapping[str, Any], *, logger: LoggerName = "csv", resume: bool = False
+    ) -> None:
         """Create the folder and write the resolved configuration.
 
         Args:
             path: the folder, which must not hold another run.
             config: the run's settings, written to `config.json`.
             logger: TorchRL's logger that gets every metric too; Weights & Biases is offline when not logged in.
+            resume: continue the run that the folder holds, whose `config.json` must say what `config` does.
 
         Raises:
-            FileExistsError: the folder holds a run already.
+            FileExistsError: the folder holds a run already, or another process has it open.
+            FileNotFoundError: there is no run to resume.
+            ValueError: the run to resume has other settings.
         """
-        self.path = path
-        if (path / "config.json").exists():
-            raise FileExistsError(f"{path} holds a run already; choose another --output or remove it")
-        path.mkdir(parents=True, exist_ok=True)
-        (path / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n")
-        self._logger = _make_logger(path, logger, config)
+        self.path, self.resumed = path, resume
+        self.config: dict[str, Any] = json.loads(json.dumps(config, default=str))
+        self._logger_name = logger
+        if resume and not (path / "config.json").is_file():
+            raise FileNotFoundError(f"{path} holds no run to resume: it has no config.json")
+        self._lock = locked(path)
+        try:
+            self._claim(path / "config.json")
+        except BaseException:
+            self._lock.release()
+            raise
+        self._logger = _make_logger(path, logger, self.config)
         self._rows: list[dict[str, float]] = []
+        self._evaluations: list[dict[str, float]] = []
+
+    def _claim(self, file: Path) -> None:
+        if self.resumed:
+            if differing := differences(json.loads(file.read_text()), self.config):
+                raise ValueError(f"{file} holds other settings (there, here): {'; '.join(differing)}")
+        elif file.exists():
+            raise FileExistsError(f"{self.path} holds a run already; choose another --output, or --resume it")
+        else:
+            write_whole(file, json.dumps(self.config, indent=2) + "\n")
 
     @property
     def rows(self) -> list[dict[str, float]]:
@@ -46,17 +77,45 @@ class RunFolder:
 
     def log(self, metrics: Mapping[str, float]) -> None:
         """Append a row to `metrics.csv`; columns that come later leave earlier cells empty."""
-        step = len(self._rows)
-        self._rows.append({"iteration": step, **metrics})
-        columns = list(dict.fromkeys(key for row in self._rows for key in row))
-        partial = self.path / "metrics.csv.partial"
-        with partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(self._rows)
-        os.replace(partial, self.path / "metrics.csv")
-        for key, value in metrics.items():
-            self._logger.log_scalar(key, value, step=step)
+        self._rows.append({"iteration": len(self._rows), **metrics})
+        write_rows(self.path / "metrics.csv", self._rows)
+        self._send(self._rows[-1])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rows of `metrics.csv` and `evaluations.csv`."""
+        return {"rows": self._rows, "evaluations": self._evaluations}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go back to these rows: later ones leave the files, and the logger starts anew with them."""
+        self._rows, self._evaluations = ([dict(row) for row in state_dict[key]] for key in ("rows", "evaluations"))
+        write_rows(self.path / "metrics.csv", self._rows)
+        write_rows(self.path / "evaluations.csv", self._evaluations)
+        shutil.rmtree(self.path / LOGS, ignore_errors=True)
+        self._logger = _make_logger(self.path, self._logger_name, self.config)
+        for row in self._rows:
+            self._send(row)
+
+    def _send(self, row: Mapping[str, float]) -> None:
+        for key, value in row.items():
+            if key != "iteration":
+                self._logger.log_scalar(key, value, step=int(row["iteration"]))
+
+    def log_evaluation(
+        self, iteration: int, evaluation: Evaluation, pretrained: Evaluation, verdict: Verdict
+    ) -> dict[str, float]:
+        """Append a row to `evaluations.csv`, 0 being before training, and draw the images of some prompts.
+
+        The pictures, `samples/ITERATION.png`, are strips of the first image of each prompt in `samples/prompts.json`,
+        from the same noise every time, at most `TILE` pixels a side.
+
+        Returns:
+            The row without `iteration`: `Evaluation.row`, `alarms` (how many), `kept` (0 or 1).
+        """
+        row = evaluation.row(pretrained) | {"alarms": float(len(verdict.alarms)), "kept": float(verdict.keep)}
+        self._evaluations.append({"iteration": iteration, **row})
+        write_rows(self.path / "evaluations.csv", self._evaluations)
+        _save_samples(self.path / "samples", iteration, evaluation)
+        return row
 
     def save_curve(self, baseline: Evaluation) -> None:
         """`reward_curve.png`: sampled and evaluated reward over iterations, beside the pretrained model's."""
@@ -75,32 +134,49 @@ class RunFolder:
         figure.savefig(self.path / "reward_curve.png", dpi=120)
         plt.close(figure)
 
-    def save_before_after(self, before: Evaluation, after: Evaluation, *, columns: int = 9) -> None:
-        """`before_after.png`: the first image of each of 2 x `columns` prompts, above it the same before training."""
-        plt = pyplot()
-        stride = max(1, len(set(before.prompts)) // (2 * columns))
-        shown = list(range(0, len(set(before.prompts)), stride))[: 2 * columns]
-        blocks = -(-len(shown) // columns)
-        figure, axes = plt.subplots(
-            2 * blocks, columns, figsize=(1.1 * columns, 2.35 * blocks), layout="constrained", squeeze=False
-        )
-        for axis in axes.flat:
-            axis.axis("off")
-        for n, image in enumerate(shown):
-            row, column = 2 * (n // columns), n % columns
-            for offset, (title, source) in enumerate((("before", before), ("after", after))):
-                axis = axes[row + offset, column]
-                axis.imshow(source.images[image].permute(1, 2, 0).numpy())
-                caption = f"{title} ({source.rewards[image]:.2f})"
-                axis.set_title(f"{source.prompts[image]}\n{caption}" if offset == 0 else caption, fontsize=6)
-        figure.savefig(self.path / "before_after.png", dpi=150)
-        plt.close(figure)
+    def save_before_after(self, before: Evaluation, after: Evaluation) -> None:
+        """`before_after.png`: see `draw_before_after`."""
+        draw_before_after(before, after, self.path / "before_after.png")
 
-    def save_checkpoint(self, **parts: Any) -> None:
-        """`checkpoint.pt`: the state dict of every part, written whole or not at all."""
-        partial = self.path / "checkpoint.pt.partial"
-        torch.save({name: part.state_dict() for name, part in parts.items()}, partial)
-        os.replace(partial, self.path / "checkpoint.pt")
+
+def draw_before_after(before: Evaluation, after: Evaluation, path: Path, *, columns: int = 9) -> None:
+    """Draw the first image of each of 2 x `columns` prompts, above it the same before training."""
+    plt = pyplot()
+    shown = _shown(before, 2 * columns)
+    blocks = -(-len(shown) // columns)
+    figure, axes = plt.subplots(
+        2 * blocks, columns, figsize=(1.1 * columns, 2.35 * blocks), layout="constrained", squeeze=False
+    )
+    for axis in axes.flat:
+        axis.axis("off")
+    for n, image in enumerate(shown):
+        row, column = 2 * (n // columns), n % columns
+        for offset, (title, source) in enumerate((("before", before), ("after", after))):
+            axis = axes[row + offset, column]
+            axis.imshow(source.images[image].permute(1, 2, 0).numpy())
+            caption = f"{title} ({source.rewards[image]:.2f})"
+            axis.set_title(f"{source.prompts[image]}\n{caption}" if offset == 0 else caption, fontsize=6)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _shown(evaluation: Evaluation, count: int) -> list[int]:
+    """Up to `count` prompts' first images, spread over the prompt set."""
+    prompts = len(set(evaluation.prompts))
+    return list(range(0, prompts, max(1, prompts // count)))[:count]
+
+
+def _save_samples(folder: Path, iteration: int, evaluation: Evaluation) -> None:
+    """Write one strip of images side by side, and which prompts they are of."""
+    folder.mkdir(exist_ok=True)
+    shown = _shown(evaluation, SAMPLES)
+    (folder / "prompts.json").write_text(json.dumps([evaluation.prompts[n] for n in shown]))
+    images = evaluation.images[shown]
+    scale = min(1.0, TILE / max(images.shape[-2:]))
+    size = [max(1, round(side * scale)) for side in images.shape[-2:]]
+    tiles = torch.nn.functional.interpolate(images, size, mode="bilinear", antialias=True).clamp(0, 1)
+    pixels = torch.cat(list((tiles * 255).round().byte()), 2).permute(1, 2, 0).numpy()
+    Image.fromarray(pixels).save(folder / f"{iteration:06d}.png")
 
 
 def _make_logger(path: Path, name: LoggerName, config: Mapping[str, Any]) -> Logger:
@@ -108,7 +184,7 @@ def _make_logger(path: Path, name: LoggerName, config: Mapping[str, Any]) -> Log
         online = bool(os.environ.get("WANDB_API_KEY")) or "WANDB_MODE" in os.environ
         settings = {"config": dict(config), "mode": None if online else "offline", "project": "diffusion-env"}
         return get_logger("wandb", str(path), path.name, wandb_kwargs=settings)
-    return get_logger(name, str(path / "logs"), name)
+    return get_logger(name, str(path / LOGS), name)
 
 
 def pyplot() -> Any:

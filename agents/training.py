@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from tensordict import TensorDictBase
@@ -18,6 +19,11 @@ from .rollout import TransitionSampler
 
 Metrics = dict[str, float]
 Check = Callable[[TensorDictBase], Metrics]
+SKIPPED = "skipped_updates"
+
+
+class SkippedUpdateWarning(UserWarning):
+    """An optimiser step was left out because its gradient was not finite."""
 
 
 def train(
@@ -36,6 +42,7 @@ def train(
     target_update: TargetNetUpdater | None = None,
     checks: Iterable[Check] = (),
     reward_parts: Callable[[], Mapping[str, Tensor]] = dict,
+    prompts: Sequence[str] = (),
 ) -> Iterator[Metrics]:
     """Improve the policy that `collector` and `loss` share, one iteration a turn.
 
@@ -60,10 +67,11 @@ def train(
         checks: called once with the first transitions, before the first update; their results are logged.
         reward_parts: called once a batch, before anything else can be scored; gives each part's rewards of that batch
             by name, for a reward that has parts.
+        prompts: by id, for the warning about a skipped update.
 
     Yields:
         Metrics of each iteration: `reward`, its `reward_std`, `reward_NAME` of each part, the loss's own, `grad_norm`,
-        seconds spent.
+        `skipped_updates` (their number), seconds spent.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     pending = list(checks)
@@ -89,7 +97,8 @@ def train(
             while pending:
                 for key, value in pending.pop()(minibatch[:micro_batch]).items():
                     sums[key].append(value)
-            for key, value in update(loss, optimizer, parameters, minibatch, micro_batch, max_grad_norm).items():
+            made = update(loss, optimizer, parameters, minibatch, micro_batch, max_grad_norm, prompts=prompts)
+            for key, value in made.items():
                 sums[key].append(value)
             if target_update is not None:
                 target_update.step()
@@ -97,7 +106,7 @@ def train(
             "reward": rewards.mean().item(),
             "reward_std": rewards.std(correction=0).item(),
             **parts,
-            **{key: sum(values) / len(values) for key, values in sums.items()},
+            **{key: sum(values) / (1 if key == SKIPPED else len(values)) for key, values in sums.items()},
             "seconds_sampling": collected - start,
             "seconds_training": time.perf_counter() - collected,
         }
@@ -124,27 +133,67 @@ def update(
     minibatch: TensorDictBase,
     micro_batch: int,
     max_grad_norm: float,
+    *,
+    prompts: Sequence[str] = (),
 ) -> Metrics:
-    """One optimiser step on transitions [N], accumulated over micro-batches; returns the averaged loss entries.
+    """One optimiser step on transitions [N], accumulated over micro-batches.
 
-    Raises:
-        FloatingPointError: the gradient is not finite; nothing was changed.
+    Where the gradient is not finite nothing is changed, and a `SkippedUpdateWarning` names the transition to blame.
+
+    Returns:
+        The averaged loss entries, `grad_norm` and `skipped_updates` 0; of a skipped update `skipped_updates` 1 alone.
     """
     metrics: dict[str, Tensor] = {}
     for part in minibatch.split(micro_batch):
         losses = loss(part)
         share = len(part) / len(minibatch)
-        objective = sum(value for key, value in losses.items() if key.startswith("loss_"))
-        (objective * share).backward()
+        (_objective(losses) * share).backward()
         for key, value in losses.items():
             metrics[key] = metrics.get(key, 0) + share * value.detach().float().mean()
     norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     if not norm.isfinite():
         optimizer.zero_grad()
-        raise FloatingPointError(
-            f"the gradient's norm is {norm.item()}; the update was not made. Lower the learning rate, or look for a "
-            "reward or a network in half precision that overflows"
+        blamed = _blame(loss, optimizer, parameters, minibatch.split(micro_batch))
+        warnings.warn(
+            f"an update was skipped, as the gradient's norm is {norm.item()}: {_describe(blamed, prompts)}. Where "
+            "it happens again, lower the learning rate, or look for a half-precision reward or network that overflows",
+            SkippedUpdateWarning,
+            stacklevel=2,
         )
+        return {SKIPPED: 1.0}
     optimizer.step()
     optimizer.zero_grad()
-    return {key: value.item() for key, value in metrics.items()} | {"grad_norm": norm.item()}
+    return {key: value.item() for key, value in metrics.items()} | {"grad_norm": norm.item(), SKIPPED: 0.0}
+
+
+def _objective(losses: TensorDictBase) -> torch.Tensor:
+    return sum(value for key, value in losses.items() if key.startswith("loss_"))
+
+
+def _blame(
+    loss: LossModule,
+    optimizer: torch.optim.Optimizer,
+    parameters: list[nn.Parameter],
+    parts: Sequence[TensorDictBase],
+) -> TensorDictBase | None:
+    """The first transition [1] whose gradient alone is not finite, found by halving; None if there is none."""
+
+    def broken(part: TensorDictBase) -> bool:
+        _objective(loss(part)).backward()
+        norm = nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
+        optimizer.zero_grad()
+        return not norm.isfinite()
+
+    part = next((part for part in parts if broken(part)), None)
+    while part is not None and len(part) > 1:
+        first, second = part.split(-(-len(part) // 2))
+        part = first if broken(first) else second if broken(second) else None
+    return part
+
+
+def _describe(transition: TensorDictBase | None, prompts: Sequence[str]) -> str:
+    if transition is None:
+        return "no single transition is to blame"
+    prompt = int(transition["prompt_id"])
+    text = f" {prompts[prompt]!r}" if prompts else ""
+    return f"the first transition to blame is step {int(transition['step'])} of prompt {prompt}{text}"

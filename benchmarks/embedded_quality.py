@@ -19,6 +19,7 @@ import tyro
 from torch import Tensor
 
 from agents import Evaluation, Evaluator, make_policy
+from agents.metrics import diversity
 from agents.run_folder import pyplot
 from benchmarks.main_job import append, provenance
 from configs import RunSettings
@@ -112,16 +113,6 @@ def sample(
     policy = make_policy(backbone, backbone.sampler(steps), backbone.conditioning(prompts))
     env = DenoisingEnv(backbone, steps, StylePreference(), prompts, batch_size=64)
     return Evaluator(env, samples_per_prompt=samples or settings.samples, seed=1)(policy)
-
-
-def diversity(features: Tensor, label: Tensor) -> float:
-    """Mean squared distance between the features [N, 1280] of two different pictures of one animal, over animals."""
-    spreads = []
-    for animal in label.unique():
-        of_animal = features[label == animal]
-        if len(of_animal) > 1:
-            spreads.append(2 * of_animal.var(0, correction=1).sum())  # E|x - y|^2 = 2 Var
-    return torch.stack(spreads).mean().item()
 
 
 def real_diversity(drawings: Drawings, judge: AnimalJudge, *, copies: int = 8) -> float:

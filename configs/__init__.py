@@ -1,6 +1,6 @@
 """Settings, named presets, and the functions that build objects from them."""
 
-from .build import build_backbone, build_experiment, build_folder, build_reward
+from .build import build_backbone, build_experiment, build_folder, build_held_out, build_reward
 from .presets import PRESETS, backpropagating, parse_settings
 from .schema import ModelSettings, RunSettings, SamplingSettings, TrainingSettings
 
@@ -14,6 +14,7 @@ __all__ = [
     "build_backbone",
     "build_experiment",
     "build_folder",
+    "build_held_out",
     "build_reward",
     "parse_settings",
 ]

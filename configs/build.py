@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from torchrl.modules import ProbabilisticActor
 
 import rewards
 from agents import (
@@ -20,9 +23,15 @@ from agents import (
     make_policy,
     trainable_steps,
 )
+from agents.metrics import FeatureExtractor
+from agents.policy import denoising_mean
 from diffusion_env import DenoisingEnv, LoRA, StableDiffusionBackbone, embedded_folder, prompt_set
 
-from .schema import ModelSettings, RewardName, RunSettings
+from .schema import HeldOutName, ModelSettings, RewardName, RunSettings
+
+FIDELITY_SAMPLES = 4
+FIDELITY_SEED = 1  # not that of the evaluations
+KL_TRAJECTORIES = 16  # enough for a tenth of the mean, cheap beside the evaluation's own sampling
 
 
 def build_backbone(settings: ModelSettings) -> StableDiffusionBackbone:
@@ -47,9 +56,29 @@ def build_reward(name: RewardName, *, head: str | None, device: torch.device) ->
     return reward.to(device) if isinstance(reward, torch.nn.Module) else reward
 
 
+def build_held_out(
+    names: Sequence[HeldOutName], env: DenoisingEnv, policy: ProbabilisticActor, features: FeatureExtractor
+) -> dict[str, rewards.Reward]:
+    """The rewards called `names`, in keys with underscores.
+
+    For the prompts' fidelity the pretrained model draws `FIDELITY_SAMPLES` images of each prompt of `env`, from noise
+    of its own.
+    """
+    held_out: dict[str, rewards.Reward] = {}
+    for name in names:
+        if name == "prompt-fidelity":
+            with denoising_mean(policy).backbone.reference():
+                drawn = Evaluator(env, samples_per_prompt=FIDELITY_SAMPLES, seed=FIDELITY_SEED)(policy)
+            reward: rewards.Reward = rewards.PromptFidelity(features, drawn.images.to(env.device), drawn.prompts)
+        else:
+            reward = build_reward(name, head=None, device=env.device)
+        held_out[name.replace("-", "_")] = reward
+    return held_out
+
+
 def build_experiment(settings: RunSettings, *, keep_model_output: bool = False) -> Experiment:
     """Everything of a policy-gradient run but the loss; `keep_model_output` is that of `make_policy`."""
-    torch.manual_seed(settings.seed)
+    _seed(settings.seed)
     prompts: Sequence[str] = prompt_set(settings.sampling.prompts)  # a missing file shows before a model loads
     sampling, training = settings.sampling, settings.training
     backbone = build_backbone(settings.model)
@@ -75,24 +104,48 @@ def build_experiment(settings: RunSettings, *, keep_model_output: bool = False) 
     evaluation_env = DenoisingEnv(
         backbone, sampling.num_steps, reward, prompts, batch_size=min(45, sampling.images_per_iteration), seed=0
     )
+    features = rewards.LiteFeatures().to(backbone.device)
+    evaluator = Evaluator(
+        evaluation_env,
+        samples_per_prompt=settings.evaluation_samples,
+        held_out=build_held_out(settings.held_out, evaluation_env, policy, features),
+        features=features,
+        kl_trajectories=KL_TRAJECTORIES,
+    )
     return Experiment(
         backbone=backbone,
         policy=policy,
         reward=reward,
         collector=make_collector(env, policy, iterations=training.iterations),
-        evaluator=Evaluator(evaluation_env, samples_per_prompt=settings.evaluation_samples),
+        evaluator=evaluator,
         advantage=PromptAdvantage(buffer_size=training.advantage_buffer, min_count=training.advantage_min_count),
         prepare=[RecomputeLogProb(policy, training.micro_batch)] if training.recompute_log_prob else [],
         sampler=TransitionSampler(steps, training.timestep_fraction),
         optimisation=training,
         evaluate_every=settings.evaluate_every,
+        checkpoint_every=settings.checkpoint_every,
+        watch=settings.watch,
     )
 
 
+def _seed(seed: int) -> None:
+    """The process's generators: PyTorch's makes adapters and noise, the others are for rewards that draw numbers."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
 def build_folder(settings: RunSettings) -> RunFolder:
-    """The run's folder: `settings.output`, or the first of `output-2`, `output-3`, ... that is free."""
+    """The run's folder: `settings.resume`, else `settings.output` or the first of `output-2`, ... that is free."""
+    if settings.resume is not None:
+        config = asdict(replace(settings, resume=None))
+        return RunFolder(settings.resume, config, logger=settings.logger, resume=True)
     path, number = settings.output, 1
-    while (path / "config.json").exists():
+    while True:
+        try:
+            return RunFolder(path, asdict(settings), logger=settings.logger)
+        except FileExistsError:
+            if not path.is_dir():
+                raise
         number += 1
         path = Path(f"{settings.output}-{number}")
-    return RunFolder(path, asdict(settings), logger=settings.logger)

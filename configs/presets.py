@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import tyro
+from pydantic import TypeAdapter
 
 from .schema import ModelSettings, RunSettings, SamplingSettings, TrainingSettings
 
@@ -84,7 +87,50 @@ def parse_settings(
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    chooser.add_argument("--preset", default="embedded")
-    preset = chooser.parse_known_args(arguments)[0].preset
-    default = adapt(PRESETS.get(preset, embedded)())  # an unknown name is refused below, with the choices
+    for option in ("--preset", "--config", "--resume"):
+        chooser.add_argument(option)
+    chosen, others = chooser.parse_known_args(arguments)
+    try:
+        if chosen.resume is not None:
+            return _resumed(Path(chosen.resume), [*others, *filter(None, (chosen.preset, chosen.config))])
+        if chosen.config is not None and chosen.preset is not None:
+            raise ValueError("--preset and --config both say where the other settings come from; give one of them")
+        if chosen.config is not None:
+            default = replace(read_settings(Path(chosen.config)), resume=None)
+        else:
+            default = adapt(PRESETS.get(chosen.preset, embedded)())  # an unknown name is refused below
+    except (OSError, ValueError) as error:
+        chooser.error(str(error))
     return tyro.cli(RunSettings, default=default, args=arguments, description=description)
+
+
+def _resumed(run: Path, others: Sequence[str]) -> RunSettings:
+    if others:
+        raise ValueError(f"--resume keeps the settings of {run / 'config.json'} and takes no others; got {others}")
+    return replace(read_settings(run / "config.json"), resume=run)
+
+
+def read_settings(file: Path) -> RunSettings:
+    """The settings that a run wrote to its `config.json`; those that the file does not name have their defaults.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: it is no JSON, names an unknown setting, or holds an impossible one; the message says which.
+    """
+    try:
+        content = json.loads(file.read_text())
+        if unknown := _unknown(content, RunSettings()):
+            raise ValueError(f"unknown settings: {', '.join(unknown)}")
+        return TypeAdapter(RunSettings).validate_json(file.read_text(), strict=True)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _unknown(content: Any, default: Any, name: str = "") -> list[str]:
+    if not (isinstance(content, dict) and is_dataclass(default)):
+        return []
+    known = {field.name: getattr(default, field.name) for field in fields(default)}
+    here = [f"{name}{key}" for key in content.keys() - known.keys()]
+    return sorted(here) + [
+        line for key in content.keys() & known.keys() for line in _unknown(content[key], known[key], f"{name}{key}.")
+    ]

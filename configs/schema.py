@@ -6,13 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from agents import Optimisation
+from agents import Optimisation, WatchRule
 from rewards import REWARDS
 
 if TYPE_CHECKING:  # a type checker cannot read the registry; the command line offers and checks its names
-    RewardName = str
+    RewardName = HeldOutName = str
 else:
     RewardName = Literal[tuple(REWARDS)]
+    HeldOutName = Literal[("prompt-fidelity", *REWARDS)]
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,7 @@ class TrainingSettings(Optimisation):
             _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         for name in ("learning_rate", "clip_range", "max_grad_norm"):
             _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be above 0")
+        _require(self.max_skipped_updates >= 0, f"max_skipped_updates={self.max_skipped_updates} must be at least 0")
         _require(self.kl_penalty >= 0, f"kl_penalty={self.kl_penalty} must be at least 0 (0 = none)")
         _require(self.min_step_std >= 0, f"min_step_std={self.min_step_std} must be at least 0")
         _require(0 < self.timestep_fraction <= 1, f"timestep_fraction={self.timestep_fraction} must lie in (0, 1]")
@@ -119,6 +121,10 @@ class RunSettings:
 
     preset: Literal["embedded", "sd15"] = "embedded"
     """Where the other defaults come from: the small pipeline that ships, or DDPO's published settings."""
+    config: Path | None = None
+    """Instead of --preset: a new run with the settings of this file, RUN/config.json; other options win over it."""
+    resume: Path | None = None
+    """Continue the run in this folder after its newest checkpoint; its settings are kept, no other option is taken."""
     reward: RewardName = "style-preference"
     """What is maximised; `python -m rewards` says what each needs."""
     reward_head: str | None = None
@@ -132,7 +138,12 @@ class RunSettings:
     evaluate_every: int = 12
     """Iterations between evaluations on fixed prompts and noise."""
     evaluation_samples: int = 2
-    """Images a prompt in an evaluation."""
+    """Images a prompt in an evaluation; diversity within prompts needs two."""
+    checkpoint_every: int = 1
+    """Iterations between checkpoints, the newest two of which are kept; there is one after the last in any case."""
+    held_out: tuple[HeldOutName, ...] = ("prompt-fidelity",)
+    """Rewards that are evaluated and not trained on: what the watch goes by."""
+    watch: WatchRule = field(default_factory=WatchRule)
     model: ModelSettings = field(default_factory=ModelSettings)
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
@@ -145,7 +156,12 @@ class RunSettings:
             f"reward_head={self.reward_head!r} is read by laion-aesthetic alone, not by {self.reward}",
         )
         _require(self.evaluate_every >= 1, f"evaluate_every={self.evaluate_every} must be at least 1")
+        _require(self.checkpoint_every >= 1, f"checkpoint_every={self.checkpoint_every} must be at least 1")
         _require(self.evaluation_samples >= 1, f"evaluation_samples={self.evaluation_samples} must be at least 1")
+        _require(
+            self.reward not in self.held_out,
+            f"held_out={self.held_out} names the reward that is trained on, {self.reward}; nothing would be held out",
+        )
         steps = max(1, round(self.training.timestep_fraction * self.sampling.num_steps))
         transitions = steps * self.sampling.images_per_iteration
         _require(

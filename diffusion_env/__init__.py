@@ -1,11 +1,12 @@
 """The denoising process of a text-to-image diffusion model as a reinforcement-learning environment."""
 
-from .backbones import LoRA, StableDiffusionBackbone
+from .backbones import StableDiffusionBackbone
 from .conditioning import ConditioningCache
 from .correction import CorrectionUNet
 from .embedded import embedded_folder
 from .env import DenoisingEnv, checked_reward
 from .gym import GymDenoisingEnv
+from .lora import LoRA
 from .prompts import load_prompts, prompt_set
 from .samplers import DDIMSampler, GaussianStep, NoisingStep, Reduction, StepCoefficients, normal_kl, normal_log_prob
 

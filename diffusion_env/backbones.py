@@ -9,14 +9,14 @@ import copy
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.training_utils import cast_training_params
-from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
 from tensordict import TensorDict
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.utils import logging as transformers_logging
 
 from .conditioning import ConditioningCache
+from .lora import ADAPTER, LORA_FILE, LoRA, add_lora
 from .samplers import DDIMSampler
 
 # Importing the pipeline makes transformers log that image processors, which nobody uses here, lack torchvision.
@@ -33,22 +34,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel  # noqa: E40
 
 transformers_logging.set_verbosity(_verbosity)
 
-ADAPTER = "policy"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True)
-class LoRA:
-    """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) on the network's layers whose names end in `targets`."""
-
-    rank: int = 4
-    alpha: float = 4.0
-    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-
-    def __post_init__(self) -> None:
-        """Refuse what trains nothing."""
-        if self.rank < 1 or self.alpha <= 0 or not self.targets:
-            raise ValueError(f"LoRA needs rank >= 1, alpha > 0 and at least one target module, got {self}")
 
 
 class StableDiffusionBackbone(nn.Module):
@@ -92,7 +78,7 @@ class StableDiffusionBackbone(nn.Module):
             self._reference = (copy.deepcopy(self.unet),)
             self.unet.requires_grad_(True)
         else:
-            _add_lora(self.unet, lora)
+            add_lora(self.unet, lora)
         cast_training_params(self.unet)  # float32 master weights, whatever the network computes in
         if gradient_checkpointing:
             self.unet.enable_gradient_checkpointing(_checkpointed)
@@ -130,9 +116,16 @@ class StableDiffusionBackbone(nn.Module):
             raise ValueError(f"full fine-tuning in {dtype} loses small updates; use dtype='float32' or LoRA")
         # diffusers notes that a text encoder is not CLIP's; only its token states are used, so it need not be.
         logging.getLogger("diffusers.pipelines.pipeline_utils").addFilter(_is_no_type_note)
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            str(model), dtype=DTYPES[dtype], safety_checker=None, requires_safety_checker=False
-        ).to(device)
+        try:
+            pipeline = StableDiffusionPipeline.from_pretrained(
+                str(model), dtype=DTYPES[dtype], safety_checker=None, requires_safety_checker=False
+            ).to(device)
+        except Exception as error:
+            error.add_note(
+                f"The pipeline '{model}' could not be loaded. A folder must hold a whole Stable Diffusion pipeline in "
+                "diffusers' format (fetch a truncated file again); a hub name needs a connection or a copy in the cache"
+            )
+            raise
         if channels_last:
             pipeline.unet.to(memory_format=torch.channels_last)
             pipeline.vae.to(memory_format=torch.channels_last)
@@ -230,6 +223,25 @@ class StableDiffusionBackbone(nn.Module):
             unet_lora_adapter_metadata=self._lora_metadata(),
         )
 
+    def load(self, folder: str | Path) -> None:
+        """Take over what `save` of a backbone with the same `lora` wrote.
+
+        Raises:
+            FileNotFoundError: nothing of that kind is there.
+            ValueError: it is of another rank or of other layers.
+        """
+        folder = Path(folder)
+        if self.lora is None:
+            if not (folder / "config.json").is_file():
+                raise FileNotFoundError(f"{folder} holds no UNet in diffusers' format, which full fine-tuning saves")
+            self.unet.load_state_dict(UNet2DConditionModel.from_pretrained(folder).state_dict())
+            return
+        saved, own = LoRA.saved_in(folder), replace(self.lora, targets=tuple(sorted(self.lora.targets)))
+        if saved != own:
+            raise ValueError(f"{folder} holds {saved}, this backbone has {own}; build it with the saved one")
+        weights = {key.removeprefix("unet."): value for key, value in load_file(folder / LORA_FILE).items()}
+        set_peft_model_state_dict(self.unet, weights, adapter_name=ADAPTER)
+
     def _lora_metadata(self) -> dict[str, Any]:
         # Without it alpha is lost and diffusers would assume alpha = rank.
         return self.unet.peft_config[ADAPTER].to_dict()
@@ -257,14 +269,3 @@ def _checkpointed(module: nn.Module, *inputs: Any) -> Any:
 
 def _is_no_type_note(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith("Expected types for text_encoder")
-
-
-def _add_lora(unet: UNet2DConditionModel, lora: LoRA) -> None:
-    names = [name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-    for target in lora.targets:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            raise ValueError(f"no linear or convolution layer of the UNet is called {target!r}; see LoRA.targets")
-    unet.add_adapter(
-        LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets), init_lora_weights="gaussian"),
-        adapter_name=ADAPTER,
-    )

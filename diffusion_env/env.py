@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -92,6 +92,7 @@ class DenoisingEnv(EnvBase):
         self._generator = torch.Generator()
         self._make_specs(decoder.latent_shape)
         self.set_seed(seed)
+        self._before_reset = self._draws()
 
     def _make_specs(self, latent_shape: tuple[int, ...]) -> None:
         batch, device = self.batch_size, self.device
@@ -115,12 +116,30 @@ class DenoisingEnv(EnvBase):
         else:
             self._generator.manual_seed(seed)
 
+    def _draws(self) -> dict[str, Any]:
+        return {"generator": self._generator.get_state(), "groups_drawn": self._groups_drawn}
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """For `state_dict`: what prompts, first noise and group ids were drawn from BEFORE the last reset.
+
+        A collector resets as soon as an episode ends, so that the next one's prompts and noise are drawn before anyone
+        can save. Loading this state and resetting draws the same again.
+        """
+        return self._before_reset
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore what `get_extra_state` returned; the next reset repeats the one before it was taken."""
+        self._generator.set_state(state["generator"])
+        self._groups_drawn = state["groups_drawn"]
+        self._before_reset = self._draws()
+
     def _reset(self, tensordict: TensorDictBase | None, **_: object) -> TensorDictBase:
         """Draw prompts and first noise, or take `prompt_id` and `latents` from `tensordict` where it has them.
 
         Raises:
             ValueError: what was given has the wrong shape or names no prompt.
         """
+        self._before_reset = self._draws()
         given = TensorDict({}) if tensordict is None else tensordict
         prompt_id = given.get("prompt_id", None)
         latents = given.get("latents", None)
@@ -213,7 +232,17 @@ class DenoisingEnv(EnvBase):
             )
         reward = self._callables[1]
         prompts = [self.prompts[i] for i in tensordict["prompt_id"].flatten().tolist()]
-        return checked_reward(reward(self.decode(latents), prompts), prompts).to(self.device)[:, None]
+        images = self.decode(latents)
+        try:
+            values = reward(images, prompts)
+        except Exception as error:
+            error.add_note(f"Raised by the reward {_name(reward)} for {len(prompts)} images, the first {prompts[0]!r}")
+            raise
+        return checked_reward(values, prompts).to(self.device)[:, None]
+
+
+def _name(reward: Reward) -> str:
+    return str(getattr(reward, "name", None) or getattr(reward, "__qualname__", type(reward).__name__))
 
 
 def checked_reward(values: Tensor, prompts: Sequence[str]) -> Tensor:

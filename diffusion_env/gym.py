@@ -16,9 +16,10 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.envs.utils import step_mdp
 
-from .backbones import LoRA, StableDiffusionBackbone
+from .backbones import StableDiffusionBackbone
 from .embedded import embedded_folder
 from .env import Decoder, DenoisingEnv, Reward
+from .lora import LoRA
 from .prompts import animals
 
 Observation = dict[str, Any]

@@ -3,7 +3,8 @@
     pip install -e .[pretraining]       # resvg-py; npm fetches the drawings
     python examples/pretrain_embedded.py
 
-Resumable: a run that was stopped goes on where it was and ends with the same weights. About two and a half hours on two cores.
+Resumable: a run that was stopped goes on where it was and ends with the same weights. Some two and a half hours on two
+cores.
 The results go to `diffusion_env/embedded/`, `rewards/` and `examples/pretraining/`.
 """
 

@@ -1,6 +1,7 @@
 """Rewards: images and prompts to one number an image. Importing this imports torch and nothing heavier."""
 
 from .base import NamedReward, Reward, RewardCard
+from .clip_features import CLIPFeatures
 from .clip_score import CLIPScore
 from .combine import Clip, Mix, Scale, Threshold
 from .efficientnet import LiteFeatures
@@ -11,12 +12,14 @@ from .laion import LAIONAesthetic
 from .llava import LLaVABERTScore, LLaVACounting
 from .pick_score import PickScore
 from .prompt_alignment import PromptAlignment
+from .prompt_fidelity import PromptFidelity
 from .registry import REWARDS, make_reward
 from .remote import HTTPReward
 from .style_preference import StylePreference
 
 __all__ = [
     "REWARDS",
+    "CLIPFeatures",
     "CLIPScore",
     "Clip",
     "HPSv2",
@@ -33,6 +36,7 @@ __all__ = [
     "NamedReward",
     "PickScore",
     "PromptAlignment",
+    "PromptFidelity",
     "Reward",
     "RewardCard",
     "Scale",

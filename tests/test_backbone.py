@@ -1,5 +1,7 @@
 """The backbone against plain diffusers: network, guidance, decoding, sampling, weights on disk."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -183,6 +185,36 @@ def test_saved_full_network_loads_in_plain_diffusers(tmp_path):
     assert torch.equal(loaded(x, t, conditioning["encoder_hidden_states"]).sample, backbone(x, t, conditioning))
     with backbone.reference():  # and what was saved is not the reference
         assert not torch.equal(loaded(x, t, conditioning["encoder_hidden_states"]).sample, backbone(x, t, conditioning))
+
+
+@pytest.mark.parametrize("lora", [LORA, None])
+@torch.no_grad()
+def test_what_was_saved_is_loaded(lora, tmp_path):
+    trained, fresh = (StableDiffusionBackbone(tiny_pipeline(tmp_path), lora=lora, guidance_scale=1.0) for _ in range(2))
+    with torch.enable_grad():
+        train_a_little(trained)
+    trained.save(tmp_path / "weights")
+    x, t, conditioning = inputs(trained)
+    pretrained = fresh(x, t, conditioning)
+    fresh.load(tmp_path / "weights")
+    assert torch.equal(fresh(x, t, conditioning), trained(x, t, conditioning))
+    with fresh.reference():
+        assert torch.equal(fresh(x, t, conditioning), pretrained)
+    assert {n for n, p in fresh.named_parameters() if p.requires_grad} == {
+        n for n, p in trained.named_parameters() if p.requires_grad
+    }
+    if lora:
+        assert LoRA.saved_in(tmp_path / "weights") == replace(lora, targets=tuple(sorted(lora.targets)))
+
+
+def test_other_weights_than_its_own_are_refused(trained_backbone, tmp_path):
+    trained_backbone.save(tmp_path / "lora")
+    other = StableDiffusionBackbone(tiny_pipeline(tmp_path), lora=LoRA(rank=2), guidance_scale=1.0)
+    with pytest.raises(ValueError, match="rank=3.*rank=2"):
+        other.load(tmp_path / "lora")
+    for backbone in (other, StableDiffusionBackbone(tiny_pipeline(tmp_path), guidance_scale=1.0)):
+        with pytest.raises(FileNotFoundError, match="holds no"):
+            backbone.load(tmp_path)
 
 
 def test_bfloat16_keeps_what_trains_in_float32(tiny_folder):

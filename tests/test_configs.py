@@ -6,7 +6,7 @@ from importlib import import_module
 import pytest
 import torch
 
-from agents import TransitionSampler
+from agents import TransitionSampler, WatchRule
 from configs import (
     PRESETS,
     ModelSettings,
@@ -43,6 +43,14 @@ def test_command_line_wins_over_the_preset():
     assert settings.training.learning_rate == 1e-5
     assert settings.model.lora_rank == 8
     assert settings.sampling.num_steps == 50
+
+
+def test_what_is_held_out_can_be_chosen():
+    assert parse_settings("", []).held_out == ("prompt-fidelity",)
+    assert parse_settings("", ["--held-out"]).held_out == ()
+    chosen = parse_settings("", ["--held-out", "prompt-fidelity", "jpeg-compressibility", "--watch.stop"])
+    assert chosen.held_out == ("prompt-fidelity", "jpeg-compressibility")
+    assert chosen.watch.stop
 
 
 def test_ddpo_preset_holds_the_published_numbers():
@@ -148,6 +156,7 @@ def test_misspelt_or_impossible_settings_leave_with_a_message(arguments, capsys)
         (lambda: TrainingSettings(advantage_min_count=64), "advantage_min_count=64"),
         (lambda: RunSettings(reward="beauty"), "'beauty' must be one of style-preference, prompt-alignment, "),
         (lambda: RunSettings(reward_head="head.pth"), "laion-aesthetic alone, not by style-preference"),
+        (lambda: RunSettings(held_out=("style-preference",)), "nothing would be held out"),
         (
             lambda: RunSettings(
                 sampling=SamplingSettings(images_per_iteration=1), training=TrainingSettings(updates_per_epoch=9)
@@ -171,5 +180,5 @@ def test_every_setting_is_documented():
             if not is_dataclass(getattr(settings(), field.name)):
                 assert after.lstrip().startswith('"""'), f"{settings.__name__}.{field.name} has no description"
 
-    for settings in (RunSettings, ModelSettings, SamplingSettings, TrainingSettings):
+    for settings in (RunSettings, ModelSettings, SamplingSettings, TrainingSettings, WatchRule):
         check(settings)

@@ -35,6 +35,7 @@ def test_every_method_has_the_same_budget():
 
 
 @pytest.mark.long
+@pytest.mark.filterwarnings("always::agents.OverOptimisationWarning")  # the row says what became of the animals
 @pytest.mark.parametrize(("reward", "seed"), RUNS)
 def test_reward_rises_by_two_standard_deviations_and_animals_stay(reward, seed, tmp_path):
     row = measure(replace(RunSettings(), reward=reward, seed=seed, output=tmp_path / "run"))

@@ -22,7 +22,7 @@ from agents import (
     make_policy,
     train,
 )
-from agents.training import update
+from agents.training import SkippedUpdateWarning, update
 from diffusion_env import ConditioningCache, DDIMSampler, DenoisingEnv, LoRA, StableDiffusionBackbone
 from tests.tiny import SCHEDULE, tiny_pipeline
 
@@ -226,20 +226,47 @@ def test_the_gradients_norm_is_clipped(backbone, policy):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_gradient_that_is_not_finite_changes_nothing(backbone, policy, value):
+def test_a_gradient_that_is_not_finite_changes_nothing_and_its_transition_is_named(backbone, policy, value):
     loss = ScoreFunctionLoss(policy)
     parameters = trainable(loss)
     optimizer = torch.optim.AdamW(parameters, lr=1e-2)
     minibatch = collect(backbone, policy).reshape(-1)
     before = values(loss)
-    broken = minibatch.clone().set("advantage", torch.full_like(minibatch["advantage"], value))
-    with pytest.raises(FloatingPointError, match="the gradient's norm is"):
-        update(loss, optimizer, parameters, broken, 4, max_grad_norm=1.0)
+    broken = minibatch.clone()
+    broken["advantage"][13] = value  # the fifth trajectory's second step
+    prompt = int(minibatch["prompt_id"][13])
+    expected = f"gradient's norm is nan.* step 1 of prompt {prompt} '{PROMPTS[prompt]}'"
+    with pytest.warns(SkippedUpdateWarning, match=expected):
+        metrics = update(loss, optimizer, parameters, broken, 4, max_grad_norm=1.0, prompts=PROMPTS)
+    assert metrics == {"skipped_updates": 1.0}
     assert torch.equal(values(loss), before)
     assert not optimizer.state
-    update(loss, optimizer, parameters, minibatch, 4, max_grad_norm=1.0)  # nothing of it remains
+    metrics = update(loss, optimizer, parameters, minibatch, 4, max_grad_norm=1.0)  # nothing of it remains
+    assert metrics["skipped_updates"] == 0
     assert values(loss).isfinite().all()
     assert not torch.equal(values(loss), before)
+
+
+def test_skipped_updates_are_counted_and_the_others_averaged(backbone, policy):
+    loss = ScoreFunctionLoss(policy)
+    calls = []
+
+    def sometimes(rollout):
+        rollout = PromptAdvantage(min_count=2)(rollout)
+        calls.append(1)
+        return rollout.set("advantage", rollout["advantage"] * float("nan")) if len(calls) == 2 else rollout
+
+    collector = make_collector(make_env(backbone, 6), policy, iterations=3)
+    optimizer = torch.optim.SGD(trainable(loss), lr=1e-3)
+    loop = train(
+        collector, loss, optimizer, advantage=sometimes, sampler=TransitionSampler([0, 1]), updates_per_epoch=2
+    )
+    with pytest.warns(SkippedUpdateWarning):
+        rows = list(loop)
+    collector.shutdown()
+    assert [row["skipped_updates"] for row in rows] == [0, 2, 0]
+    assert ["grad_norm" in row for row in rows] == [True, False, True]
+    assert all(row["reward"] > 0 for row in rows)
 
 
 @pytest.mark.parametrize(("updates", "epochs"), [(1, 1), (3, 1), (2, 2)])

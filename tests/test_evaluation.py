@@ -1,0 +1,101 @@
+"""Evaluation on fixed prompts and noise: what is measured is measured of those images, and nothing else moves."""
+
+import pytest
+import torch
+
+from agents import Evaluator, make_policy
+from agents.metrics import diversity, kl_to_pretrained, standard_error
+from diffusion_env import DenoisingEnv
+
+STEPS = 3
+PROMPTS = ("a cat", "a dog", "an ant")
+
+
+def brightness(images, prompts):
+    return images.mean((1, 2, 3))
+
+
+def redness(images, prompts):
+    return images[:, 0].mean((1, 2)) + torch.tensor([float(len(prompt)) for prompt in prompts])
+
+
+def pixels(images):
+    return images.flatten(1)
+
+
+@pytest.fixture
+def policy(trained_backbone):
+    return make_policy(trained_backbone, trained_backbone.sampler(STEPS), trained_backbone.conditioning(PROMPTS))
+
+
+@pytest.fixture
+def make(trained_backbone):
+    def evaluator(batch_size=4, **options):
+        env = DenoisingEnv(trained_backbone, STEPS, brightness, PROMPTS, batch_size=batch_size, seed=0)
+        return Evaluator(env, **options)
+
+    return evaluator
+
+
+def test_what_is_measured_is_of_the_images(make, policy):
+    """Six images in chunks of four: the last chunk is filled up, and its fill is left out again."""
+    evaluation = make(held_out={"red": redness}, features=pixels)(policy)
+    assert evaluation.images.shape == (6, 3, 16, 16)
+    assert evaluation.prompts == [*PROMPTS, *PROMPTS]
+    torch.testing.assert_close(evaluation.rewards, brightness(evaluation.images, None))
+    torch.testing.assert_close(evaluation.held_out["red"], redness(evaluation.images, evaluation.prompts))
+    torch.testing.assert_close(evaluation.features, evaluation.images.flatten(1))
+    row = evaluation.row()
+    assert row["reward"] == pytest.approx(evaluation.rewards.mean().item())
+    assert row["reward_error"] == pytest.approx(evaluation.rewards.std().item() / 6**0.5)
+    assert row["reward_p50"] == pytest.approx(evaluation.rewards.median().item(), rel=1e-2)
+    assert row["reward_p10"] < row["reward_p50"] < row["reward_p90"]
+    assert row["held_out_red"] == pytest.approx(evaluation.held_out["red"].mean().item())
+    assert row["held_out_red_error"] == pytest.approx(standard_error(evaluation.held_out["red"]))
+    labels = torch.tensor([0, 1, 2, 0, 1, 2])
+    assert row["diversity"] == pytest.approx(diversity(evaluation.features, labels))
+    assert {"kl", "moved"}.isdisjoint(row)
+
+
+def test_one_image_a_prompt_has_no_diversity(make, policy):
+    evaluation = make(samples_per_prompt=1, features=pixels)(policy)
+    assert "diversity" not in evaluation.row()
+    assert "diversity" in make(samples_per_prompt=2, features=pixels)(policy).row()
+
+
+def test_image_n_differs_by_the_policy_alone(make, policy, trained_backbone):
+    evaluate = make(features=pixels)
+    state = torch.get_rng_state()
+    first = evaluate(policy)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.rand(5)
+    assert torch.equal(evaluate(policy).images, first.images)
+    with trained_backbone.reference():
+        pretrained = evaluate(policy)
+    assert not torch.equal(pretrained.images, first.images)
+    expected = (first.images - pretrained.images).square().flatten(1).sum(1).mean().item()
+    assert first.row(pretrained)["moved"] == pytest.approx(expected, rel=1e-4)
+    assert not torch.equal(make(features=pixels, seed=1)(policy).images, first.images)
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, 8])
+def test_kl_is_of_the_first_trajectories(make, policy, trained_backbone, batch_size, monkeypatch):
+    measured = []
+
+    def recording(policy, trajectories):
+        measured.append(trajectories["prompt_id"][:, 0, 0].tolist())
+        return kl_to_pretrained(policy, trajectories)
+
+    monkeypatch.setattr("agents.evaluation.kl_to_pretrained", recording)
+    evaluation = make(batch_size, kl_trajectories=5)(policy)
+    assert sum(measured, []) == [0, 1, 2, 0, 1]
+    assert evaluation.kl.shape == (5,)
+    assert evaluation.kl.min() > 1e-3
+    assert evaluation.row()["kl"] == pytest.approx(evaluation.kl.mean().item())
+    with trained_backbone.reference():
+        assert make(batch_size, kl_trajectories=5)(policy).row()["kl"] == 0
+
+
+def test_a_held_out_reward_that_is_no_number_is_refused(make, policy):
+    with pytest.raises(ValueError, match="nan for prompt 'a cat'"):
+        make(held_out={"broken": lambda images, _: images.mean((1, 2, 3)) * float("nan")})(policy)
