@@ -40,7 +40,8 @@ p.note { color: #555; font-size: .9rem; margin: .3rem 0; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .84rem; }
 th, td { text-align: left; padding: .2rem .7rem .2rem 0; border-bottom: 1px solid #eee; vertical-align: top; }
-td.number { font-variant-numeric: tabular-nums; white-space: nowrap; }
+td.number { font-variant-numeric: tabular-nums; }
+.outcome table { width: 100%; }
 .curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 380px), 1fr)); gap: 10px; }
 .curves img { width: 100%; height: auto; }
 .prompts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 340px), 1fr)); gap: 14px; }
@@ -116,7 +117,7 @@ def _outcome(runs: list[Run]) -> str:
         ]
         lines = [[_title(key), *(_number(row, key) for _, row in rows)] for key in _measured(runs)]
         tables.append(_table(header, lines))
-    return f'<div class="curves">{"".join(tables)}</div>'
+    return f'<div class="curves outcome">{"".join(tables)}</div>'
 
 
 def _measured(runs: list[Run]) -> list[str]:
@@ -131,7 +132,7 @@ def _title(key: str) -> str:
 
 def _number(row: Row, key: str) -> str:
     error = row.get(f"{key}_error")
-    return _short(row[key], 4) + ("" if error is None else f" ± {_short(error, 2)}") if key in row else ""
+    return _short(row[key], 4) + ("" if error is None else f" ±\u00a0{_short(error, 2)}") if key in row else ""
 
 
 def _short(value: float, digits: int) -> str:

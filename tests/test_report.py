@@ -115,8 +115,8 @@ def test_a_run_is_told(run):
     text = " ".join(found.text)
     assert "alarm at iteration 48" in text
     assert "kept (24)" in text
-    assert "2 ± 0.1" in text
-    assert "3 ± 0.1" in text
+    assert "2 ±\u00a00.1" in text
+    assert "3 ±\u00a00.1" in text
     assert "training.learning_rate" in text
     titles = [description for description, source in found.images if "svg" in source]
     assert "reward, trained on" in titles
@@ -190,6 +190,7 @@ for (const width of [390, 1280]) {
     const page = frame.contentDocument, pictures = [...page.images];
     found.push({width, needed: page.documentElement.scrollWidth, pictures: pictures.length,
       broken: pictures.filter(picture => !picture.complete || !picture.naturalWidth).length,
+      cut: [...page.querySelectorAll(".outcome .scroll")].filter(box => box.scrollWidth > box.clientWidth).length,
       smallest: Math.min(...pictures.map(picture => picture.getBoundingClientRect().width)),
       letters: Math.min(...[...page.querySelectorAll("p, td, figcaption, .tiles div")].map(
         text => parseFloat(frame.contentWindow.getComputedStyle(text).fontSize)))});
@@ -216,6 +217,7 @@ def test_it_opens_in_a_real_browser(run, several, comparison, tmp_path):
     assert "CONSOLE" not in done.stderr, done.stderr[-3000:]
     for found in json.loads(done.stdout.split('id="found">')[1].split("</pre>")[0]):
         assert found["needed"] <= found["width"]  # nothing to scroll sideways but tables in their own boxes
+        assert found["cut"] == 0
         assert found["pictures"] == text.count("<img")
         assert found["broken"] == 0
         assert found["smallest"] >= 48
