@@ -10,7 +10,8 @@ from agents import Optimisation, WatchRule
 from rewards import REWARDS
 
 if TYPE_CHECKING:  # a type checker cannot read the registry; the command line offers and checks its names
-    RewardName = HeldOutName = str
+    RewardName = str
+    HeldOutName = str
 else:
     RewardName = Literal[tuple(REWARDS)]
     HeldOutName = Literal[("prompt-fidelity", *REWARDS)]
