@@ -87,7 +87,7 @@ class TrainingSettings(Optimisation):
     network call without gradient a transition."""
     log_prob_reduction: Literal["mean", "sum"] = "mean"
     """'mean' over the latent's elements as in DDPO's code, or the true 'sum'."""
-    timestep_fraction: float = 0.5
+    timestep_fraction: float = 0.4
     """Share of each trajectory's steps that train, drawn anew each time."""
     min_step_std: float = 0.05
     """Steps whose noise has a smaller standard deviation never train. The last of a few steps hardly changes the image,
@@ -136,7 +136,7 @@ class RunSettings:
     """The run folder; a number is appended when it holds a run already."""
     logger: Literal["csv", "tensorboard", "wandb"] = "csv"
     """TorchRL's logger that gets the metrics beside metrics.csv."""
-    evaluate_every: int = 12
+    evaluate_every: int = 16
     """Iterations between evaluations on fixed prompts and noise."""
     evaluation_samples: int = 2
     """Images a prompt in an evaluation; diversity within prompts needs two."""
