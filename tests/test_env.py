@@ -291,4 +291,4 @@ def test_impossible_prompt_ids_are_refused(ids, message):
 def test_the_environment_owns_no_parameters():
     env = make()
     assert not list(env.parameters())
-    assert not env.state_dict()
+    assert env.state_dict().keys() == {"_extra_state"}  # its own random numbers
