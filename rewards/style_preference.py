@@ -29,8 +29,7 @@ class StylePreference(nn.Module):
       fluent-emoji-flat, the same outlines without shading, 89 %;
     - against emojione, a style never seen: fluent-emoji preferred 84 %, noto 76 %, fluent-emoji-flat 42 %;
     - correlation over held-out drawings with mean brightness -0.01, with saturation 0.01;
-    - over 270 samples of the shipped pipeline (8 steps, `benchmarks/embedded_quality.py`) with mean brightness -0.20,
-      with saturation 0.14.
+    - over 180 samples of the shipped pipeline (8 steps) with mean brightness -0.12, with saturation 0.12.
 
     It is a taste in one kind of art, not a measure of image quality, and an optimiser that pushes hard enough finds
     pictures that score high and look like nothing. It ignores the prompt.
