@@ -198,7 +198,7 @@ def off_policy(settings):
     experiment = replace(
         experiment,
         advantage=torch.nn.Identity(),
-        buffer=ReplayBuffer(storage=LazyTensorStorage(25), batch_size=12, transform=RestoreNext()),
+        buffer=ReplayBuffer(storage=LazyTensorStorage(20), batch_size=12, transform=RestoreNext()),
         target_update=SoftUpdate(loss, tau=0.1),
     )
     experiment.run(loss, build_folder(settings))

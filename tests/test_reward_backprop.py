@@ -85,6 +85,7 @@ def exact(trained_backbone, monkeypatch):
     backbone = trained_backbone
     for part in (backbone.unet, backbone.pipeline.vae, backbone.pipeline.text_encoder):
         part.double()
+    backbone._dtype = torch.float64
     backbone._negative = backbone._encode([""])
     policy = make_policy(backbone, backbone.sampler(STEPS).double(), backbone.conditioning(PROMPTS))
     return backbone, policy
