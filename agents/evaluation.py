@@ -14,7 +14,15 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from diffusion_env import DenoisingEnv, checked_reward
 from diffusion_env.env import Reward
 
-from .metrics import FeatureExtractor, diversity, kl_to_pretrained, labels_of, paired_distance, standard_error
+from .metrics import (
+    FeatureExtractor,
+    diversity,
+    kl_to_pretrained,
+    labels_of,
+    paired_distance,
+    prompt_frechet_distance,
+    standard_error,
+)
 
 QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9}
 
@@ -47,18 +55,22 @@ class Evaluation:
         """What was measured, as numbers by name; `..._error` is the standard error of the mean over images.
 
         Args:
-            pretrained: the pretrained model's evaluation by the same evaluator; adds `moved`, the squared feature
-                distance of each image from its own.
+            pretrained: the pretrained model's evaluation of as many images of the same prompts; adds `moved`, the
+                squared feature distance of image n from its own, and where there are two images of each prompt `fid`,
+                the Frechet distance within prompts.
         """
         row = {"reward": self.mean, "reward_error": standard_error(self.rewards)}
         row |= {f"reward_{name}": self.rewards.quantile(at).item() for name, at in QUANTILES.items()}
         for name, values in self.held_out.items():
             row |= {f"held_out_{name}": values.mean().item(), f"held_out_{name}_error": standard_error(values)}
         if self.features is not None:
+            labels, reference = labels_of(self.prompts), None if pretrained is None else pretrained.features
             if len(set(self.prompts)) < len(self.prompts):
-                row["diversity"] = diversity(self.features, labels_of(self.prompts))
-            if pretrained is not None and pretrained.features is not None:
-                row["moved"] = paired_distance(self.features, pretrained.features)
+                row["diversity"] = diversity(self.features, labels)
+            if reference is not None:
+                row["moved"] = paired_distance(self.features, reference)
+                if labels.bincount().min() > 1:
+                    row["fid"] = prompt_frechet_distance(self.features, reference, labels)
         if self.kl is not None:
             row |= {"kl": self.kl.mean().item(), "kl_error": standard_error(self.kl)}
         return row

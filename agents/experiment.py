@@ -92,7 +92,7 @@ class Experiment:
 
     @memory_advice()
     def run(
-        self, loss: LossModule, folder: RunFolder, *, checks: Sequence[Check] = ()
+        self, loss: LossModule, folder: RunFolder, *, checks: Sequence[Check] = (), resume_command: str | None = None
     ) -> tuple[Evaluation, Evaluation]:
         """Train with `loss`, leave everything in `folder`, and return the evaluations before and after.
 
@@ -104,6 +104,7 @@ class Experiment:
             loss: the method.
             folder: where metrics, pictures, checkpoints and weights go.
             checks: called with the first transitions before the first update.
+            resume_command: shown when the run is stopped; None is this program with `--resume`.
 
         Raises:
             FloatingPointError: too many updates had to be skipped.
@@ -166,7 +167,7 @@ class Experiment:
                 if last or leaving:
                     break
         if leaving and not last:
-            _leave(leaving, folder)
+            _leave(leaving, folder, resume_command)
         if not left:  # it was stopped while it wrote what follows
             after = self.evaluator(self.policy)
         self.collector.shutdown()
@@ -229,8 +230,8 @@ class Experiment:
         return self.advantage(rollout)
 
 
-def _leave(received: signal.Signals, folder: RunFolder) -> NoReturn:
-    resume = shlex.join(["python", sys.argv[0], "--resume", str(folder.path)])
+def _leave(received: signal.Signals, folder: RunFolder, command: str | None) -> NoReturn:
+    resume = command or shlex.join(["python", sys.argv[0], "--resume", str(folder.path)])
     done = len(folder.rows)
     print(f"stopped after {done} iterations by {received.name}; continue with: {resume}", file=sys.stderr)
     raise SystemExit(128 + received)

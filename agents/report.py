@@ -27,6 +27,7 @@ TITLES = {
     "reward": "reward, trained on",
     "diversity": "diversity within prompts",
     "moved": "squared feature distance from pretrained",
+    "fid": "FID within prompts to pretrained",
     "kl": "KL divergence from pretrained, nats",
 }
 COLUMNS = 5  # images of a prompt over time

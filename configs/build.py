@@ -29,6 +29,7 @@ from diffusion_env import DenoisingEnv, LoRA, StableDiffusionBackbone, embedded_
 
 from .schema import HeldOutName, ModelSettings, RewardName, RunSettings
 
+FEATURES = "lite2"  # a network that no reward looks through
 FIDELITY_SAMPLES = 4
 FIDELITY_SEED = 1  # not that of the evaluations
 KL_TRAJECTORIES = 16  # enough for a tenth of the mean, cheap beside the evaluation's own sampling
@@ -104,7 +105,7 @@ def build_experiment(settings: RunSettings, *, keep_model_output: bool = False) 
     evaluation_env = DenoisingEnv(
         backbone, sampling.num_steps, reward, prompts, batch_size=min(45, sampling.images_per_iteration), seed=0
     )
-    features = rewards.LiteFeatures().to(backbone.device)
+    features = rewards.LiteFeatures(FEATURES).to(backbone.device)
     evaluator = Evaluator(
         evaluation_env,
         samples_per_prompt=settings.evaluation_samples,

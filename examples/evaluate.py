@@ -22,7 +22,6 @@ from typing import Any, Literal
 import tyro
 
 from agents import Evaluation, Evaluator, make_policy
-from agents.metrics import labels_of, prompt_frechet_distance
 from agents.run_folder import draw_before_after
 from configs import ModelSettings, RunSettings, build_backbone, build_held_out, build_reward
 from configs.schema import HeldOutName, RewardName
@@ -158,8 +157,6 @@ class Bench:
 def row(name: str, evaluation: Evaluation, pretrained: Evaluation) -> dict[str, object]:
     """A line of the table."""
     measured = evaluation.row(pretrained)
-    labels = labels_of(evaluation.prompts)
-    measured["fid"] = prompt_frechet_distance(evaluation.features, pretrained.features, labels)
     try:
         for prompt in evaluation.prompts:
             animal_in(prompt)

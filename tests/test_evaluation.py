@@ -54,12 +54,13 @@ def test_what_is_measured_is_of_the_images(make, policy):
     assert row["held_out_red_error"] == pytest.approx(standard_error(evaluation.held_out["red"]))
     labels = torch.tensor([0, 1, 2, 0, 1, 2])
     assert row["diversity"] == pytest.approx(diversity(evaluation.features, labels))
-    assert {"kl", "moved"}.isdisjoint(row)
+    assert {"kl", "moved", "fid"}.isdisjoint(row)
 
 
 def test_one_image_a_prompt_has_no_diversity(make, policy):
     evaluation = make(samples_per_prompt=1, features=pixels)(policy)
     assert "diversity" not in evaluation.row()
+    assert "fid" not in evaluation.row(evaluation)
     assert "diversity" in make(samples_per_prompt=2, features=pixels)(policy).row()
 
 
@@ -74,7 +75,14 @@ def test_image_n_differs_by_the_policy_alone(make, policy, trained_backbone):
         pretrained = evaluate(policy)
     assert not torch.equal(pretrained.images, first.images)
     expected = (first.images - pretrained.images).square().flatten(1).sum(1).mean().item()
-    assert first.row(pretrained)["moved"] == pytest.approx(expected, rel=1e-4)
+    row = first.row(pretrained)
+    assert row["moved"] == pytest.approx(expected, rel=1e-4)
+    # Two images of a prompt have a covariance u u^T of rank one; the root of u u^T v v^T has the trace |u v|.
+    of_prompt = [images.flatten(1).double().view(2, 3, -1) for images in (first.images, pretrained.images)]
+    (mean, half), (other, other_half) = (((x[0] + x[1]) / 2, (x[0] - x[1]) / 2**0.5) for x in of_prompt)
+    cross = (half * other_half).sum(1).abs()
+    distance = (mean - other).square().sum(1) + half.square().sum(1) + other_half.square().sum(1) - 2 * cross
+    assert row["fid"] == pytest.approx(distance.mean().item(), rel=1e-4)
     assert not torch.equal(make(features=pixels, seed=1)(policy).images, first.images)
 
 
