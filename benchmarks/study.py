@@ -20,7 +20,8 @@ can maximise the same reward. What a method does beyond the learning rate is wha
 
 Diversity, FID and `moved` (how far an image is from the pretrained model's of the same noise, in the place of LPIPS,
 whose networks would have to be downloaded) are squared distances of EfficientNet-Lite2 features, which no reward
-uses. FID is within prompts; of few images it is large for the same model too: compare with `pretrained, other noise`.
+uses. FID is within prompts and between images from the same noise, so that it starts at 0; from other noise the
+pretrained model itself is as far as `pretrained, other noise` says, for few images far.
 
 What has rows is not run again; a run that was stopped continues after its newest checkpoint in `--runs`. Results of
 another protocol need another `--results`, which says so.
