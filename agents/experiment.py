@@ -22,7 +22,7 @@ from torchrl.objectives import LossModule
 from torchrl.objectives.utils import TargetNetUpdater
 from tqdm import tqdm
 
-from diffusion_env.env import Reward
+from diffusion_env.scoring import Reward
 
 from .checkpoint import Checkpoints, Stateful, TrainedState
 from .evaluation import Evaluation, Evaluator
@@ -137,10 +137,10 @@ class Experiment:
             buffer=self.buffer,
             target_update=self.target_update,
             checks=() if first else checks,
-            reward_parts=lambda: getattr(self.reward, "last_parts", {}),  # any callable is a reward, few have parts
+            reward_parts=lambda: self.collector.env.reward_parts,
             prompts=self.collector.env.prompts,
         )
-        images = self.collector.env.batch_size[0]
+        images = self.collector.requested_frames_per_batch // self.collector.env.num_steps
         left = range(0) if watch.stopped else range(first + 1, settings.iterations + 1)
         last, leaving = not left, None
         with StopRequest() as stop, tqdm(initial=first, total=settings.iterations, unit="iteration") as progress:
