@@ -238,12 +238,14 @@ def _leave(received: signal.Signals, folder: RunFolder) -> NoReturn:
 
 def summary(before: Evaluation, after: Evaluation, folder: RunFolder) -> str:
     """The closing lines of a run: what was reached and where everything is."""
-    gain = (after.mean - before.mean) / before.std
+    gain = "no spread"  # a reward that is 0 or 1 may not tell the pretrained model's images apart
+    if before.std:
+        gain = f"{(after.mean - before.mean) / before.std:+.2f} standard deviations"
     error = standard_error(after.rewards)
     best = folder.path / "lora_best"
     return (
         f"reward on fixed prompts and noise: {before.mean:.4f} before, {after.mean:.4f} +- {error:.4f} after, "
-        f"{gain:+.2f} standard deviations of the pretrained model's images ({len(after.rewards)} images)\n"
+        f"{gain} of the pretrained model's images ({len(after.rewards)} images)\n"
         f"curve         {folder.path / 'reward_curve.png'}\n"
         f"before/after  {folder.path / 'before_after.png'}\n"
         f"metrics       {folder.path / 'metrics.csv'}\n"

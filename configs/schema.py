@@ -16,6 +16,8 @@ else:
     RewardName = Literal[tuple(REWARDS)]
     HeldOutName = Literal[("prompt-fidelity", *REWARDS)]
 
+ExperimentName = Literal["aesthetic", "alignment", "compressibility", "counting", "hpsv2", "image_reward"]
+
 
 @dataclass(frozen=True)
 class ModelSettings:
@@ -139,8 +141,11 @@ class RunSettings:
 
     preset: Literal["embedded", "sd15"] = "embedded"
     """Where the other defaults come from: the small pipeline that ships, or DDPO's published settings."""
+    experiment: ExperimentName | None = None
+    """Where prompts, reward and the numbers published for them come from; None is the program's own experiment."""
     config: Path | None = None
-    """Instead of --preset: a new run with the settings of this file, RUN/config.json; other options win over it."""
+    """Instead of --preset and --experiment: a new run with the settings of this file, RUN/config.json; other options
+    win over it."""
     resume: Path | None = None
     """Continue the run in this folder after its newest checkpoint; its settings are kept, no other option is taken."""
     reward: RewardName = "style-preference"

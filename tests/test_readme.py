@@ -13,17 +13,15 @@ from diffusion_env import DenoisingEnv
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 PROGRAMS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+SMALL = PROGRAMS[0].replace("batch_size=32", "batch_size=4").replace("iterations=10", "iterations=1")
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
     """Where the README's program was run, its numbers made small."""
     folder = tmp_path_factory.mktemp("readme")
-    program = PROGRAMS[0]
-    for small, large in {"batch_size=4": "batch_size=32", "iterations=1": "iterations=10"}.items():
-        assert large in program
-        program = program.replace(large, small)
-    run(program, folder)
+    assert "batch_size=4" in SMALL and "iterations=1)" in SMALL
+    run(SMALL, folder)
     return folder
 
 
@@ -38,8 +36,20 @@ def test_the_program_trains_an_adapter(workplace):
 
 
 def test_the_adapter_goes_back_to_diffusers(workplace):
-    program = PROGRAMS[1].replace("runs/ppo_aesthetic/lora", "my_lora")
+    program = PROGRAMS[2].replace("runs/ppo_aesthetic/lora", "my_lora")
     assert "(64, 64)" in run(program + "print(image.size)\n", workplace)
+
+
+def test_the_own_reward_is_eight_lines_and_trains_in_the_first_program(workplace):
+    lines = [line for line in PROGRAMS[1].splitlines() if line.strip()]
+    assert len(PROGRAMS[1].splitlines()) == 8 and lines[-1].startswith("print")
+    own = "\n".join(lines)
+    program = SMALL.replace("JPEGCompressibility(), conditioning", "reward, conditioning")
+    assert program != SMALL
+    printed = run(f"{own}\n{program}print(*env.reward_parts)\n", workplace)
+    scores, *_, parts = printed.splitlines()
+    assert scores.startswith("tensor([") and scores.count(",") == 3
+    assert parts == "blueness jpeg-compressibility"
 
 
 def test_the_key_table_is_that_of_a_rollout(trained_backbone):
