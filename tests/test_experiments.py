@@ -152,7 +152,7 @@ def run(method, preset, experiment, tmp_path, options):
     prompts.write_text("\n".join(prompt_set(named)[:2]))
     values = SMALL | {"sampling.prompts": prompts, "output": tmp_path / "run"} | options
     arguments = [str(part) for key, value in values.items() for part in (f"--{key}", value)]
-    settings = parsed(method, "--preset", preset, "--experiment", experiment, *arguments)
+    settings = parsed(method, "--preset", preset, "--experiment", experiment, *arguments, "--held-out")
     import_module(f"examples.{method}").main(settings)
     with (tmp_path / "run" / "metrics.csv").open() as file:
         (row,) = csv.DictReader(file)

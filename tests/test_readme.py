@@ -10,18 +10,21 @@ import torch
 
 from agents import PromptAdvantage, make_collector, make_policy
 from diffusion_env import DenoisingEnv
+from rewards import JPEGCompressibility
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 PROGRAMS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-SMALL = PROGRAMS[0].replace("batch_size=32", "batch_size=4").replace("iterations=10", "iterations=1")
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
     """Where the README's program was run, its numbers made small."""
     folder = tmp_path_factory.mktemp("readme")
-    assert "batch_size=4" in SMALL and "iterations=1)" in SMALL
-    run(SMALL, folder)
+    program = PROGRAMS[0]
+    for small, large in {"batch_size=4": "batch_size=32", "iterations=1": "iterations=10"}.items():
+        assert large in program
+        program = program.replace(large, small)
+    run(program, folder)
     return folder
 
 
@@ -40,16 +43,22 @@ def test_the_adapter_goes_back_to_diffusers(workplace):
     assert "(64, 64)" in run(program + "print(image.size)\n", workplace)
 
 
-def test_the_own_reward_is_eight_lines_and_trains_in_the_first_program(workplace):
-    lines = [line for line in PROGRAMS[1].splitlines() if line.strip()]
-    assert len(PROGRAMS[1].splitlines()) == 8 and lines[-1].startswith("print")
-    own = "\n".join(lines)
-    program = SMALL.replace("JPEGCompressibility(), conditioning", "reward, conditioning")
-    assert program != SMALL
-    printed = run(f"{own}\n{program}print(*env.reward_parts)\n", workplace)
-    scores, *_, parts = printed.splitlines()
-    assert scores.startswith("tensor([") and scores.count(",") == 3
-    assert parts == "blueness jpeg-compressibility"
+def test_the_own_reward_is_eight_lines_and_serves_in_the_first_program(trained_backbone, capsys):
+    assert "JPEGCompressibility(), conditioning.prompts" in PROGRAMS[0]
+    assert len([line for line in PROGRAMS[1].splitlines() if line.strip()]) == 8
+    names = {}
+    exec(PROGRAMS[1], names)
+    images = names["images"]
+    blueness = images[:, 2].mean((1, 2)) - images[:, :2].mean((1, 2, 3))
+    sizes = JPEGCompressibility()(images, names["prompts"])
+    torch.testing.assert_close(names["reward"](images, names["prompts"]), blueness + 0.1 * sizes)
+    assert capsys.readouterr().out.startswith("tensor([")
+    prompts, steps = ("a cat", "a dog"), 2
+    policy = make_policy(trained_backbone, trained_backbone.sampler(steps), trained_backbone.conditioning(prompts))
+    env = DenoisingEnv(trained_backbone, steps, names["reward"], prompts, batch_size=3, seed=0)
+    (rollout,) = make_collector(env, policy, iterations=1)
+    assert rollout["next", "reward"][:, -1].std() > 0
+    assert list(env.reward_parts) == ["blueness", "jpeg-compressibility"]
 
 
 def test_the_key_table_is_that_of_a_rollout(trained_backbone):
