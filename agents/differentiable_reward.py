@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from diffusion_env import checked_reward
-from diffusion_env.env import Reward
+from diffusion_env.scoring import Reward
 
 from .policy import DenoisingMean
 

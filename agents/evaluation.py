@@ -12,7 +12,7 @@ from torch import Tensor
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from diffusion_env import DenoisingEnv, checked_reward
-from diffusion_env.env import Reward
+from diffusion_env.scoring import Reward
 
 from .metrics import (
     FeatureExtractor,

@@ -22,7 +22,7 @@ from torchrl.objectives import LossModule
 from torchrl.objectives.utils import TargetNetUpdater
 from tqdm import tqdm
 
-from diffusion_env.env import Reward
+from diffusion_env.scoring import Reward
 
 from .checkpoint import Checkpoints, Stateful, TrainedState
 from .evaluation import Evaluation, Evaluator
@@ -138,10 +138,10 @@ class Experiment:
             buffer=self.buffer,
             target_update=self.target_update,
             checks=() if first else checks,
-            reward_parts=lambda: getattr(self.reward, "last_parts", {}),  # any callable is a reward, few have parts
+            reward_parts=lambda: self.collector.env.reward_parts,
             prompts=self.collector.env.prompts,
         )
-        images = self.collector.env.batch_size[0]
+        images = self.collector.requested_frames_per_batch // self.collector.env.num_steps
         left = range(0) if watch.stopped else range(first + 1, settings.iterations + 1)
         last, leaving = not left, None
         with StopRequest() as stop, tqdm(initial=first, total=settings.iterations, unit="iteration") as progress:
@@ -239,12 +239,14 @@ def _leave(received: signal.Signals, folder: RunFolder, command: str | None) -> 
 
 def summary(before: Evaluation, after: Evaluation, folder: RunFolder) -> str:
     """The closing lines of a run: what was reached and where everything is."""
-    gain = (after.mean - before.mean) / before.std
+    gain = "no spread"  # a reward that is 0 or 1 may not tell the pretrained model's images apart
+    if before.std:
+        gain = f"{(after.mean - before.mean) / before.std:+.2f} standard deviations"
     error = standard_error(after.rewards)
     best = folder.path / "lora_best"
     return (
         f"reward on fixed prompts and noise: {before.mean:.4f} before, {after.mean:.4f} +- {error:.4f} after, "
-        f"{gain:+.2f} standard deviations of the pretrained model's images ({len(after.rewards)} images)\n"
+        f"{gain} of the pretrained model's images ({len(after.rewards)} images)\n"
         f"curve         {folder.path / 'reward_curve.png'}\n"
         f"before/after  {folder.path / 'before_after.png'}\n"
         f"metrics       {folder.path / 'metrics.csv'}\n"

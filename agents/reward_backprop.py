@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torchrl.modules import ProbabilisticActor
 
-from diffusion_env.env import Reward
+from diffusion_env.scoring import Reward
 
 from .differentiable_reward import check_differentiable, score
 from .policy import denoising_mean

@@ -15,7 +15,7 @@ from torchrl.data import Composite
 from torchrl.envs import Transform
 from torchrl.modules import ProbabilisticActor
 
-from diffusion_env.env import Reward
+from diffusion_env.scoring import Reward
 
 from .differentiable_reward import check_differentiable, score_images
 from .policy import denoising_mean

@@ -31,15 +31,22 @@ KEPT_KEYS = (
 )
 
 
-def share_latents(rollout: TensorDictBase) -> TensorDictBase:
+def share_latents(rollout: TensorDictBase, *, episodes: int = 1) -> TensorDictBase:
     """The collector's `postproc`: T + 1 latents a trajectory instead of 2 T.
 
     A state's `latents` are the action before it, so one tensor [B, T + 1, *latent] holds both; the returned [B, T]
     TensorDict's `latents` and `action` are views of it and nothing else is shared with `rollout`. Whatever no loss
     reads is dropped; `loc` and `scale` are there only if the policy was told to keep them.
+
+    Args:
+        rollout: [B, T]; with more than one episode [B, episodes * T], one after the other, of which [episodes * B, T]
+            are made, the first episode's trajectories first.
+        episodes: how many follow each other.
     """
-    kept = rollout.select(*KEPT_KEYS, strict=False).exclude("latents", "action").clone()
-    trajectory = torch.cat([rollout["latents"], rollout["action"][:, -1:]], 1)
+    # Images [B, episodes, T] to [episodes, B, T]; with one episode this moves nothing.
+    one_by_one = rollout.unflatten(1, (episodes, rollout.shape[1] // episodes)).transpose(0, 1)
+    kept = one_by_one.select(*KEPT_KEYS, strict=False).exclude("latents", "action").flatten(0, 1).clone()
+    trajectory = torch.cat([one_by_one["latents"], one_by_one["action"][:, :, -1:]], 2).flatten(0, 1)
     return kept.update({"latents": trajectory[:, :-1], "action": trajectory[:, 1:]})
 
 
@@ -119,15 +126,34 @@ def trainable_steps(sampler: DDIMSampler, min_std: float = 0.0) -> list[int]:
     return steps
 
 
-def make_collector(env: DenoisingEnv, policy: ProbabilisticActor, *, iterations: int) -> Collector:
-    """TorchRL's collector, giving one batch of whole trajectories [B, T] an iteration, latents stored once."""
-    frames = env.batch_size[0] * env.num_steps
+def make_collector(env: DenoisingEnv, policy: ProbabilisticActor, *, iterations: int, episodes: int = 1) -> Collector:
+    """TorchRL's collector, giving one batch of whole trajectories an iteration, latents stored once.
+
+    Args:
+        env: B images an episode.
+        policy: what is trained.
+        iterations: how many batches.
+        episodes: how many of the environment's episodes make a batch [episodes * B, T]. With more than one, a thread
+            computes the rewards of each while the next is denoised. All rewards are there before the batch is given
+            out, and the policy changes only then: the batch is the one that rewards computed in turn would give. (Not
+            TorchRL's `AsyncEnvPool`, whose environments answer in the order in which they finish, so that the policy's
+            noise would go to other images in each run.)
+    """
+    frames = env.batch_size[0] * env.num_steps * episodes
+    rewards = env.score_in_background() if episodes > 1 else None
+
+    def postproc(rollout: TensorDictBase) -> TensorDictBase:
+        batch = share_latents(rollout, episodes=episodes)
+        if rewards is not None:
+            batch["next", "reward"][:, -1, 0] = rewards()
+        return batch
+
     return Collector(
         env,
         policy,
         frames_per_batch=frames,
         total_frames=frames * iterations,
-        postproc=share_latents,
+        postproc=postproc,
         compact_obs=True,
         return_same_td=True,  # otherwise it clones after `postproc`, and each latent is there twice again
         auto_register_policy_transforms=False,

@@ -84,6 +84,7 @@ def build_experiment(settings: RunSettings, *, keep_model_output: bool = False) 
     sampling, training = settings.sampling, settings.training
     backbone = build_backbone(settings.model)
     reward = build_reward(settings.reward, head=settings.reward_head, device=backbone.device)
+    batch_size = sampling.batch_size or sampling.images_per_iteration
     sampler = backbone.sampler(sampling.num_steps, sampling.eta)
     policy = make_policy(
         backbone,
@@ -98,13 +99,11 @@ def build_experiment(settings: RunSettings, *, keep_model_output: bool = False) 
         sampling.num_steps,
         reward,
         prompts,
-        batch_size=sampling.images_per_iteration,
+        batch_size=batch_size,
         samples_per_prompt=sampling.samples_per_prompt,
         seed=settings.seed,
     )
-    evaluation_env = DenoisingEnv(
-        backbone, sampling.num_steps, reward, prompts, batch_size=min(45, sampling.images_per_iteration), seed=0
-    )
+    evaluation_env = DenoisingEnv(backbone, sampling.num_steps, reward, prompts, batch_size=min(45, batch_size), seed=0)
     features = rewards.LiteFeatures(FEATURES).to(backbone.device)
     evaluator = Evaluator(
         evaluation_env,
@@ -117,7 +116,7 @@ def build_experiment(settings: RunSettings, *, keep_model_output: bool = False) 
         backbone=backbone,
         policy=policy,
         reward=reward,
-        collector=make_collector(env, policy, iterations=training.iterations),
+        collector=make_collector(env, policy, iterations=training.iterations, episodes=sampling.episodes),
         evaluator=evaluator,
         advantage=PromptAdvantage(buffer_size=training.advantage_buffer, min_count=training.advantage_min_count),
         prepare=[RecomputeLogProb(policy, training.micro_batch)] if training.recompute_log_prob else [],

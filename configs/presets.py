@@ -13,6 +13,9 @@ from typing import Any
 import tyro
 from pydantic import TypeAdapter
 
+from rewards import REWARDS
+
+from .experiments import EXPERIMENTS, with_experiment
 from .schema import ModelSettings, RunSettings, SamplingSettings, TrainingSettings
 
 
@@ -77,31 +80,55 @@ def parse_settings(
     arguments: Sequence[str] | None = None,
     *,
     adapt: Callable[[RunSettings], RunSettings] = lambda preset: preset,
+    needs_gradient: bool = False,
 ) -> RunSettings:
-    """Settings from the command line over those of `--preset`; leaves with a message when they are impossible.
+    """Settings from the command line over those of `--preset` and `--experiment`; leaves with a message if impossible.
 
     Args:
         description: shown by `--help`.
         arguments: instead of `sys.argv[1:]`.
-        adapt: changes the preset to what this program needs.
+        adapt: changes preset and experiment to what this program needs.
+        needs_gradient: the program differentiates the reward; one without a gradient is refused.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for option in ("--preset", "--config", "--resume"):
+    for option in ("--preset", "--experiment", "--config", "--resume"):
         chooser.add_argument(option)
     chosen, others = chooser.parse_known_args(arguments)
     try:
         if chosen.resume is not None:
-            return _resumed(Path(chosen.resume), [*others, *filter(None, (chosen.preset, chosen.config))])
-        if chosen.config is not None and chosen.preset is not None:
-            raise ValueError("--preset and --config both say where the other settings come from; give one of them")
-        if chosen.config is not None:
-            default = replace(read_settings(Path(chosen.config)), resume=None)
+            named = filter(None, (chosen.preset, chosen.experiment, chosen.config))
+            settings = _resumed(Path(chosen.resume), [*others, *named])
         else:
-            default = adapt(PRESETS.get(chosen.preset, embedded)())  # an unknown name is refused below
+            default = _default(chosen.preset, chosen.experiment, chosen.config, adapt)
+            settings = tyro.cli(RunSettings, default=default, args=arguments, description=description)
+        if needs_gradient:
+            _require_gradient(settings)
     except (OSError, ValueError) as error:
         chooser.error(str(error))
-    return tyro.cli(RunSettings, default=default, args=arguments, description=description)
+    return settings
+
+
+def _default(
+    preset: str | None, experiment: str | None, config: str | None, adapt: Callable[[RunSettings], RunSettings]
+) -> RunSettings:
+    """What other options win over. An unknown preset or experiment passes; the command line refuses it."""
+    if config is None:
+        settings = PRESETS.get(preset or "embedded", embedded)()
+        return adapt(with_experiment(settings, experiment) if experiment in EXPERIMENTS else settings)
+    for option, value in (("--preset", preset), ("--experiment", experiment)):
+        if value is not None:
+            raise ValueError(f"{option} and --config both say where the other settings come from; give one of them")
+    return replace(read_settings(Path(config)), resume=None)
+
+
+def _require_gradient(settings: RunSettings) -> None:
+    if not REWARDS[settings.reward].differentiable:
+        able = ", ".join(name for name, reward in REWARDS.items() if reward.differentiable)
+        raise ValueError(
+            f"reward={settings.reward} has no gradient, and this method learns from nothing else; take one of {able}, "
+            "or a method that needs none, such as examples/ppo_aesthetic.py"
+        )
 
 
 def _resumed(run: Path, others: Sequence[str]) -> RunSettings:

@@ -16,6 +16,8 @@ else:
     RewardName = Literal[tuple(REWARDS)]
     HeldOutName = Literal[("prompt-fidelity", *REWARDS)]
 
+ExperimentName = Literal["aesthetic", "alignment", "compressibility", "counting", "hpsv2", "image_reward"]
+
 
 @dataclass(frozen=True)
 class ModelSettings:
@@ -63,6 +65,15 @@ class SamplingSettings:
     """Images sampled before each round of updates."""
     samples_per_prompt: int = 1
     """How often each drawn prompt is repeated in a batch."""
+    batch_size: int | None = None
+    """Images denoised at a time; None takes an iteration's all at once. Fewer need less memory, and while they are
+    denoised a thread computes the rewards of those before. This is exact: the policy changes only when all rewards are
+    there, and they are what computing them in turn gives, but for a reward that draws PyTorch's random numbers."""
+
+    @property
+    def episodes(self) -> int:
+        """Batches an iteration."""
+        return 1 if self.batch_size is None else self.images_per_iteration // self.batch_size
 
     def __post_init__(self) -> None:
         """Refuse impossible numbers."""
@@ -74,6 +85,14 @@ class SamplingSettings:
             f"images_per_iteration={self.images_per_iteration} is no multiple of "
             f"samples_per_prompt={self.samples_per_prompt}",
         )
+        if self.batch_size is not None:
+            _require(
+                self.batch_size >= 1
+                and self.images_per_iteration % self.batch_size == 0
+                and self.batch_size % self.samples_per_prompt == 0,
+                f"batch_size={self.batch_size} must divide images_per_iteration={self.images_per_iteration} and be a "
+                f"multiple of samples_per_prompt={self.samples_per_prompt}",
+            )
 
 
 @dataclass(frozen=True)
@@ -122,8 +141,11 @@ class RunSettings:
 
     preset: Literal["embedded", "sd15"] = "embedded"
     """Where the other defaults come from: the small pipeline that ships, or DDPO's published settings."""
+    experiment: ExperimentName | None = None
+    """Where prompts, reward and the numbers published for them come from; None is the program's own experiment."""
     config: Path | None = None
-    """Instead of --preset: a new run with the settings of this file, RUN/config.json; other options win over it."""
+    """Instead of --preset and --experiment: a new run with the settings of this file, RUN/config.json; other options
+    win over it."""
     resume: Path | None = None
     """Continue the run in this folder after its newest checkpoint; its settings are kept, no other option is taken."""
     reward: RewardName = "style-preference"

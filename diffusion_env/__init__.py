@@ -4,11 +4,12 @@ from .backbones import StableDiffusionBackbone
 from .conditioning import ConditioningCache
 from .correction import CorrectionUNet
 from .embedded import embedded_folder
-from .env import DenoisingEnv, checked_reward
+from .env import DenoisingEnv
 from .gym import GymDenoisingEnv
 from .lora import LoRA
 from .prompts import load_prompts, prompt_set
 from .samplers import DDIMSampler, GaussianStep, NoisingStep, Reduction, StepCoefficients, normal_kl, normal_log_prob
+from .scoring import checked_reward
 
 __all__ = [
     "ConditioningCache",

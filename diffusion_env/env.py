@@ -11,7 +11,7 @@ from torch import Tensor
 from torchrl.data import Binary, Bounded, Composite, Unbounded
 from torchrl.envs import EnvBase
 
-Reward = Callable[[Tensor, list[str]], Tensor]
+from .scoring import BackgroundScorer, Reward, score
 
 
 class Decoder(Protocol):
@@ -87,6 +87,8 @@ class DenoisingEnv(EnvBase):
         self.samples_per_prompt = samples_per_prompt
         self.same_noise = same_noise
         self._callables = (decoder.decode, reward)  # in a tuple: the environment owns no one's parameters
+        self.reward_parts: dict[str, Tensor] = {}  # of the images scored last, where the reward has parts
+        self._background: BackgroundScorer | None = None
         self._steps_done = 0
         self._groups_drawn = 0
         self._generator = torch.Generator()
@@ -230,40 +232,28 @@ class DenoisingEnv(EnvBase):
                 f"{self._steps_done} steps were taken since reset, but the TensorDict is at step "
                 f"{step.flatten()[0].item()} of {self.num_steps}; step from what the last step returned, or reset"
             )
-        reward = self._callables[1]
         prompts = [self.prompts[i] for i in tensordict["prompt_id"].flatten().tolist()]
-        images = self.decode(latents)
-        try:
-            values = reward(images, prompts)
-        except Exception as error:
-            error.add_note(f"Raised by the reward {_name(reward)} for {len(prompts)} images, the first {prompts[0]!r}")
-            raise
-        return checked_reward(values, prompts).to(self.device)[:, None]
+        reward, images = self._callables[1], self.decode(latents)
+        if self._background is not None:
+            self._background.submit(reward, images, prompts)
+            return self.reward_spec.zero()
+        values, self.reward_parts = score(reward, images, prompts)
+        return values.to(self.device)[:, None]
 
+    def score_in_background(self) -> Callable[[], Tensor]:
+        """From now on a thread scores finished images, while the next episode begins.
 
-def _name(reward: Reward) -> str:
-    return str(getattr(reward, "name", None) or getattr(reward, "__qualname__", type(reward).__name__))
+        ("next", "reward") is then 0 at the last step too; whoever collects episodes puts the true rewards there before
+        anything reads it, as `make_collector` of `agents` does.
 
+        Returns:
+            A function that waits for the thread and returns rewards float32 [episodes * B] of the episodes finished
+            since its last call. What the reward raises comes from it, or from the end of the next episode.
+        """
+        scorer = self._background = BackgroundScorer()
 
-def checked_reward(values: Tensor, prompts: Sequence[str]) -> Tensor:
-    """`values` as float32 if they are one finite number a prompt.
+        def rewards() -> Tensor:
+            values, self.reward_parts = scorer.results()
+            return values.to(self.device)
 
-    Raises:
-        ValueError: they are not; the message names the prompt and says what to do.
-    """
-    if not isinstance(values, Tensor):
-        raise ValueError(f"the reward returned {type(values).__name__}, expected a tensor of shape ({len(prompts)},)")
-    if values.shape != (len(prompts),):
-        raise ValueError(
-            f"the reward returned shape {tuple(values.shape)}, expected ({len(prompts)},): one number an image; "
-            "drop or average the other dimensions"
-        )
-    if values.is_complex() or values.dtype == torch.bool:
-        raise ValueError(f"the reward returned {values.dtype}, expected real numbers; convert it with .float()")
-    broken = (~values.isfinite()).nonzero().flatten().tolist()
-    if broken:
-        raise ValueError(
-            f"the reward is {values[broken[0]].item()} for prompt {prompts[broken[0]]!r} (image {broken[0]}, "
-            f"{len(broken)} of {len(prompts)} images); return a finite number for every image, also for a black one"
-        )
-    return values.detach().float()
+        return rewards

@@ -18,9 +18,10 @@ from torchrl.envs.utils import step_mdp
 
 from .backbones import StableDiffusionBackbone
 from .embedded import embedded_folder
-from .env import Decoder, DenoisingEnv, Reward
+from .env import Decoder, DenoisingEnv
 from .lora import LoRA
 from .prompts import animals
+from .scoring import Reward
 
 Observation = dict[str, Any]
 Latents = NDArray[np.float32]

@@ -12,7 +12,7 @@ from pathlib import Path
 from torchrl.objectives import A2CLoss
 
 from agents import CriticAdvantage, Evaluation, make_critic, summary
-from configs import RunSettings, build_experiment, build_folder, parse_settings
+from configs import RunSettings, build_experiment, build_folder, parse_settings, with_experiment
 
 
 def main(settings: RunSettings) -> tuple[Evaluation, Evaluation]:
@@ -31,8 +31,9 @@ def main(settings: RunSettings) -> tuple[Evaluation, Evaluation]:
 
 def adapt(preset: RunSettings) -> RunSettings:
     """The preset with a single update an iteration; `sd15` is otherwise PPO's, nobody having published this one."""
+    preset = with_experiment(preset, "aesthetic")
     training = replace(preset.training, updates_per_epoch=1, epochs=1)
-    return replace(preset, output=Path("runs/a2c_aesthetic"), training=training)
+    return replace(preset, output=Path(f"runs/a2c_{preset.experiment}"), training=training)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from agents import DRaFTLoss, Evaluation, summary
-from configs import RunSettings, backpropagating, build_experiment, build_folder, parse_settings
+from configs import RunSettings, backpropagating, build_experiment, build_folder, parse_settings, with_experiment
 
 BACKPROP_STEPS = {"embedded": 2, "sd15": 1}  # K; 1 is DRaFT-1
 
@@ -29,17 +29,18 @@ def main(settings: RunSettings) -> tuple[Evaluation, Evaluation]:
 
 def adapt(preset: RunSettings) -> RunSettings:
     """`sd15` holds the paper's smaller setting as others quote it, with noise in DDIM's steps where it has none."""
-    adapted = backpropagating(preset, output=Path("runs/draft_aesthetic"))
+    preset = with_experiment(preset, "aesthetic")
+    adapted = backpropagating(preset, output=Path(f"runs/draft_{preset.experiment}"))
     if preset.preset != "sd15":
         return adapted
     return replace(
         adapted,
         evaluate_every=200,
         model=replace(adapted.model, guidance_scale=7.5, lora_rank=8, lora_alpha=8.0),
-        sampling=replace(adapted.sampling, images_per_iteration=4),
+        sampling=replace(adapted.sampling, images_per_iteration=4, batch_size=None),
         training=replace(adapted.training, iterations=2000, learning_rate=4e-4, weight_decay=0.1),
     )
 
 
 if __name__ == "__main__":
-    main(parse_settings(__doc__, adapt=adapt))
+    main(parse_settings(__doc__, adapt=adapt, needs_gradient=True))

@@ -1,6 +1,8 @@
 """The aesthetic reward with residual Nabla-DB, a GFlowNet that matches the reward's gradient and keeps the prior.
 
     python examples/nabla_db_aesthetic.py
+    python examples/nabla_db_aesthetic.py --experiment alignment          # or another whose reward has a gradient
+    python examples/nabla_db_aesthetic.py --experiment hpsv2 --preset sd15
 
 What differs from `draft_aesthetic.py` is the loss, the transform that writes the reward's gradient, and which
 transitions train.
@@ -12,7 +14,7 @@ from pathlib import Path
 
 from agents import Evaluation, NablaDBLoss, RewardGradient, TransitionSampler, summary, trainable_steps
 from agents.scores import Weighting
-from configs import RunSettings, build_experiment, build_folder, parse_settings
+from configs import RunSettings, build_experiment, build_folder, parse_settings, with_experiment
 from diffusion_env import CorrectionUNet
 
 
@@ -38,11 +40,24 @@ METHODS = {
     "sd15": Method(beta=1e4, trust_region=2e3, correction=True, jacobian=True, last_step_always=True),
 }
 
+# Beta and the trust region belong to the reward's scale; a reward that is not listed has those above.
+SCALES = {
+    ("embedded", "prompt-alignment"): {"beta": 500.0},  # its gradient is a fifth of style-preference's
+    ("sd15", "hpsv2"): {"trust_region": 5e3},
+    ("sd15", "hpsv2.1"): {"trust_region": 5e3},
+    ("sd15", "image-reward"): {"beta": 1e3, "trust_region": 5e3},
+}
+
+
+def method_of(settings: RunSettings) -> Method:
+    """What the preset and its reward use."""
+    return replace(METHODS[settings.preset], **SCALES.get((settings.preset, settings.reward), {}))
+
 
 def main(settings: RunSettings) -> tuple[Evaluation, Evaluation]:
     """Train and save; the evaluations before and after."""
     print(f"{settings.reward} on {settings.model.name}, {settings.sampling.prompts} prompts, seed {settings.seed}")
-    method, training = METHODS[settings.preset], settings.training
+    method, training = method_of(settings), settings.training
     experiment = build_experiment(settings, keep_model_output=method.trust_region > 0)
     backbone, policy, last = experiment.backbone, experiment.policy, method.last_step_always
     steps = trainable_steps(backbone.sampler(settings.sampling.num_steps, settings.sampling.eta), training.min_step_std)
@@ -65,7 +80,8 @@ def main(settings: RunSettings) -> tuple[Evaluation, Evaluation]:
 
 def adapt(preset: RunSettings) -> RunSettings:
     """The reward's gradient is that of the policy at each update; `sd15` holds the settings of the authors' code."""
-    preset = replace(preset, output=Path("runs/nabla_db_aesthetic"))
+    preset = with_experiment(preset, "aesthetic")
+    preset = replace(preset, output=Path(f"runs/nabla_db_{preset.experiment}"))
     training = replace(preset.training, epochs=1, recompute_log_prob=False)
     if preset.preset == "sd15":
         return replace(
@@ -79,4 +95,4 @@ def adapt(preset: RunSettings) -> RunSettings:
 
 
 if __name__ == "__main__":
-    main(parse_settings(__doc__, adapt=adapt))
+    main(parse_settings(__doc__, adapt=adapt, needs_gradient=True))

@@ -2,14 +2,18 @@
 
     python examples/ppo_aesthetic.py                        # the pipeline that ships, ten minutes on two CPU cores
     python examples/ppo_aesthetic.py --preset sd15          # Stable Diffusion 1.5 with DDPO's settings, a GPU
+    python examples/ppo_aesthetic.py --experiment alignment # or another of DDPO's and Nabla-DB's, on either model
     python examples/ppo_aesthetic.py --reward jpeg-compressibility
     python examples/ppo_aesthetic.py --help                 # every setting
 
 Black et al. 2023, "Training Diffusion Models with Reinforcement Learning", arXiv:2305.13301.
 """
 
+from dataclasses import replace
+from pathlib import Path
+
 from agents import Evaluation, KLPenalty, OnPolicyRatioCheck, ddpo_is_loss, summary
-from configs import RunSettings, build_experiment, build_folder, parse_settings
+from configs import RunSettings, build_experiment, build_folder, parse_settings, with_experiment
 
 
 def main(settings: RunSettings) -> tuple[Evaluation, Evaluation]:
@@ -28,7 +32,8 @@ def main(settings: RunSettings) -> tuple[Evaluation, Evaluation]:
 
 def adapt(preset: RunSettings) -> RunSettings:
     """The presets are this program's."""
-    return preset
+    preset = with_experiment(preset, "aesthetic")
+    return replace(preset, output=Path(f"runs/ppo_{preset.experiment}"))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from agents import Evaluation, ReFLLoss, summary
-from configs import RunSettings, backpropagating, build_experiment, build_folder, parse_settings
+from configs import RunSettings, backpropagating, build_experiment, build_folder, parse_settings, with_experiment
 
 LATE = 4  # the last quarter of the steps, as in the authors' code
 CEILINGS = {"style-preference": 5.0, "laion-aesthetic": 10.0}  # beyond what training should reach
@@ -33,7 +33,8 @@ def main(settings: RunSettings) -> tuple[Evaluation, Evaluation]:
 
 def adapt(preset: RunSettings) -> RunSettings:
     """`sd15` holds the settings of the authors' code: 40 DDPM steps without guidance, the whole UNet trained."""
-    adapted = backpropagating(preset, output=Path("runs/refl_aesthetic"))
+    preset = with_experiment(preset, "aesthetic")
+    adapted = backpropagating(preset, output=Path(f"runs/refl_{preset.experiment}"))
     if preset.preset != "sd15":
         return adapted
     return replace(
@@ -45,4 +46,4 @@ def adapt(preset: RunSettings) -> RunSettings:
 
 
 if __name__ == "__main__":
-    main(parse_settings(__doc__, adapt=adapt))
+    main(parse_settings(__doc__, adapt=adapt, needs_gradient=True))

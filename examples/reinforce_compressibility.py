@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from agents import Evaluation, ScoreFunctionLoss, summary
-from configs import RunSettings, build_experiment, build_folder, parse_settings
+from configs import RunSettings, build_experiment, build_folder, parse_settings, with_experiment
 
 
 def main(settings: RunSettings) -> tuple[Evaluation, Evaluation]:
@@ -24,13 +24,10 @@ def main(settings: RunSettings) -> tuple[Evaluation, Evaluation]:
 
 
 def adapt(preset: RunSettings) -> RunSettings:
-    """This reward, and a single update an iteration; `sd15` trains as long as DDPO's `compressibility` does."""
+    """A single update an iteration."""
+    preset = with_experiment(preset, "compressibility")
     training = replace(preset.training, updates_per_epoch=1, epochs=1)
-    if preset.preset == "sd15":
-        training = replace(training, iterations=100, advantage_buffer=16)
-    return replace(
-        preset, reward="jpeg-compressibility", output=Path("runs/reinforce_compressibility"), training=training
-    )
+    return replace(preset, output=Path(f"runs/reinforce_{preset.experiment}"), training=training)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from agents import Evaluation, ExponentialWeights, RWRLoss, summary
-from configs import RunSettings, build_experiment, build_folder, parse_settings
+from configs import RunSettings, build_experiment, build_folder, parse_settings, with_experiment
 
 INVERSE_TEMPERATURE = {"embedded": 5.0, "sd15": 0.2}  # rewards in kB vary less on small images
 
@@ -30,13 +30,14 @@ def main(settings: RunSettings) -> tuple[Evaluation, Evaluation]:
 
 
 def adapt(preset: RunSettings) -> RunSettings:
-    """This reward, and five passes over each batch as in DDPO's code; `sd15` trains the whole UNet as the paper does.
+    """Five passes over each batch as in DDPO's code; `sd15` trains the whole UNet as the paper does.
 
     Its appendix D.5 samples 10,240 images ten times. A batch is on one device here, so that the same number of images
     and of updates, 128 images each, comes in the smallest batches of the paper's figure 11.
     """
+    preset = with_experiment(preset, "compressibility")
     training = replace(preset.training, updates_per_epoch=1, epochs=5, recompute_log_prob=False)
-    preset = replace(preset, reward="jpeg-compressibility", output=Path("runs/rwr_compressibility"))
+    preset = replace(preset, output=Path(f"runs/rwr_{preset.experiment}"))
     if preset.preset == "sd15":
         return replace(
             preset,

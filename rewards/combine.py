@@ -37,6 +37,10 @@ class Mix(nn.Module):
         self._names = [name_of(reward) for reward, _ in parts]
         if not parts or len(set(self._names)) < len(parts):
             raise ValueError(f"the parts are {self._names}: give at least one, and no two of one name.")
+        if "std" in self._names:
+            raise ValueError(
+                "a part is called 'std', and would be logged as reward_std, the spread of the whole reward: rename it."
+            )
         # Modules among the parts move and are saved with this one; functions just come along.
         self._modules_among = nn.ModuleList([reward for reward, _ in parts if isinstance(reward, nn.Module)])
         self._parts = tuple(parts)

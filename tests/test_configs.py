@@ -151,6 +151,11 @@ def test_misspelt_or_impossible_settings_leave_with_a_message(arguments, capsys)
         (lambda: ModelSettings(guidance_scale=0.5), "guidance_scale=0.5"),
         (lambda: ModelSettings(lora_rank=0, dtype="bfloat16"), "loses small updates"),
         (lambda: SamplingSettings(num_steps=0), "num_steps=0"),
+        (lambda: SamplingSettings(images_per_iteration=10, batch_size=4), "batch_size=4 must divide images_per_iterat"),
+        (
+            lambda: SamplingSettings(images_per_iteration=8, samples_per_prompt=4, batch_size=2),
+            "batch_size=2 .* multiple of samples_per_prompt=4",
+        ),
         (lambda: TrainingSettings(timestep_fraction=1.1), "timestep_fraction=1.1"),
         (lambda: TrainingSettings(kl_penalty=-0.1), "kl_penalty=-0.1"),
         (lambda: TrainingSettings(advantage_min_count=64), "advantage_min_count=64"),
@@ -161,7 +166,7 @@ def test_misspelt_or_impossible_settings_leave_with_a_message(arguments, capsys)
             lambda: RunSettings(
                 sampling=SamplingSettings(images_per_iteration=1), training=TrainingSettings(updates_per_epoch=9)
             ),
-            "1 images x 4 trained steps are 4 transitions",
+            "1 images x 3 trained steps are 3 transitions",
         ),
     ],
 )

@@ -110,7 +110,7 @@ def test_running_out_of_memory_says_which_settings_help():
     def allocate():
         torch.empty(1 << 60, dtype=torch.uint8)
 
-    with pytest.raises(RuntimeError, match="(?s)--training.micro-batch.*--sampling.images-per-iteration"):
+    with pytest.raises(RuntimeError, match="(?s)--training.micro-batch.*--sampling.batch-size"):
         allocate()
 
 

@@ -10,6 +10,7 @@ import torch
 
 from agents import PromptAdvantage, make_collector, make_policy
 from diffusion_env import DenoisingEnv
+from rewards import JPEGCompressibility
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 PROGRAMS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -38,8 +39,26 @@ def test_the_program_trains_an_adapter(workplace):
 
 
 def test_the_adapter_goes_back_to_diffusers(workplace):
-    program = PROGRAMS[1].replace("runs/ppo_aesthetic/lora", "my_lora")
+    program = PROGRAMS[2].replace("runs/ppo_aesthetic/lora", "my_lora")
     assert "(64, 64)" in run(program + "print(image.size)\n", workplace)
+
+
+def test_the_own_reward_is_eight_lines_and_serves_in_the_first_program(trained_backbone, capsys):
+    assert "JPEGCompressibility(), conditioning.prompts" in PROGRAMS[0]
+    assert len([line for line in PROGRAMS[1].splitlines() if line.strip()]) == 8
+    names = {}
+    exec(PROGRAMS[1], names)
+    images = names["images"]
+    blueness = images[:, 2].mean((1, 2)) - images[:, :2].mean((1, 2, 3))
+    sizes = JPEGCompressibility()(images, names["prompts"])
+    torch.testing.assert_close(names["reward"](images, names["prompts"]), blueness + 0.1 * sizes)
+    assert capsys.readouterr().out.startswith("tensor([")
+    prompts, steps = ("a cat", "a dog"), 2
+    policy = make_policy(trained_backbone, trained_backbone.sampler(steps), trained_backbone.conditioning(prompts))
+    env = DenoisingEnv(trained_backbone, steps, names["reward"], prompts, batch_size=3, seed=0)
+    (rollout,) = make_collector(env, policy, iterations=1)
+    assert rollout["next", "reward"][:, -1].std() > 0
+    assert list(env.reward_parts) == ["blueness", "jpeg-compressibility"]
 
 
 def test_the_key_table_is_that_of_a_rollout(trained_backbone):

@@ -33,7 +33,7 @@ def prompts(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def ppo(tiny_folder, prompts):
-    options = ("--reward", "jpeg-compressibility", "--training.clip-range", "0.01")
+    options = ("--reward", "jpeg-compressibility", "--training.clip-range", "0.01", "--sampling.batch-size", "3")
     return Program("ppo_aesthetic.py", tiny_folder, prompts, options, ITERATIONS)
 
 

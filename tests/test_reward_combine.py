@@ -114,6 +114,8 @@ def test_what_cannot_be_mixed_is_refused():
     for parts in ([], [(red, 1.0), (red, 2.0)]):
         with pytest.raises(ValueError, match="at least one, and no two of one name"):
             Mix(parts)
+    with pytest.raises(ValueError, match="'std', and would be logged as reward_std"):
+        Mix([(red, 1.0), (std, 1.0)])
     with pytest.raises(ValueError, match="the bounds are 2 and 1"):
         Clip(red, 2, 1)
     with pytest.raises(ValueError, match=r"'red' returned \(5, 1\), expected a tensor of shape \(5,\)"):
@@ -123,6 +125,10 @@ def test_what_cannot_be_mixed_is_refused():
         Mix([(contrast, 1.0), (bad, 1.0)])(some_images(5), PROMPTS)
     with pytest.raises(ValueError, match="divide uint8 by 255"):
         Mix([(red, 1.0)])(torch.zeros(5, 3, 8, 8, dtype=torch.uint8), PROMPTS)
+
+
+def std(images: Tensor, prompts: list[str]) -> Tensor:
+    return images.std((1, 2, 3))
 
 
 def renamed(function):
