@@ -60,7 +60,7 @@ class SamplingSettings:
     eta: float = 1.0
     """DDIM's noise, in (0, 1]; 1 is DDPM's posterior."""
     images_per_iteration: int = 64
-    """Images sampled before each round of updates."""
+    """Images sampled before each round of updates, by each process."""
     samples_per_prompt: int = 1
     """How often each drawn prompt is repeated in a batch."""
 
@@ -101,7 +101,7 @@ class TrainingSettings(Optimisation):
 
     def __post_init__(self) -> None:
         """Refuse impossible numbers."""
-        for name in ("iterations", "updates_per_epoch", "epochs", "micro_batch"):
+        for name in ("iterations", "updates_per_epoch", "epochs", "micro_batch", "compare_processes_every"):
             _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         for name in ("learning_rate", "clip_range", "max_grad_norm"):
             _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be above 0")

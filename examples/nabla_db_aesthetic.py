@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from agents import Evaluation, NablaDBLoss, RewardGradient, TransitionSampler, summary, trainable_steps
+from agents.distributed import say
 from agents.scores import Weighting
 from configs import RunSettings, build_experiment, build_folder, parse_settings
 from diffusion_env import CorrectionUNet
@@ -41,7 +42,7 @@ METHODS = {
 
 def main(settings: RunSettings) -> tuple[Evaluation, Evaluation]:
     """Train and save; the evaluations before and after."""
-    print(f"{settings.reward} on {settings.model.name}, {settings.sampling.prompts} prompts, seed {settings.seed}")
+    say(f"{settings.reward} on {settings.model.name}, {settings.sampling.prompts} prompts, seed {settings.seed}")
     method, training = METHODS[settings.preset], settings.training
     experiment = build_experiment(settings, keep_model_output=method.trust_region > 0)
     backbone, policy, last = experiment.backbone, experiment.policy, method.last_step_always
@@ -59,7 +60,7 @@ def main(settings: RunSettings) -> tuple[Evaluation, Evaluation]:
     experiment = replace(experiment, transform=gradient, sampler=sampler)
     folder = build_folder(settings)
     before, after = experiment.run(loss, folder)
-    print(summary(before, after, folder))
+    say(summary(before, after, folder))
     return before, after
 
 
