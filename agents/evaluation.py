@@ -10,6 +10,7 @@ import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import Tensor
+from torch.profiler import record_function
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from diffusion_env import DenoisingEnv, checked_reward
@@ -106,6 +107,7 @@ class Evaluator:
         self.latents = torch.randn((len(self.prompt_id), *shape), generator=generator)
 
     @torch.no_grad()
+    @record_function("evaluation")
     def __call__(self, policy: TensorDictModule) -> Evaluation:
         """Images and rewards of `policy`; random states of the caller are left as they were.
 

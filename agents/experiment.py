@@ -26,6 +26,7 @@ from .distributed import draw_apart, from_first, on_first, rank, share_weights, 
 from .equal_weights import EqualWeights
 from .evaluation import Evaluation, Evaluator
 from .memory import memory_advice
+from .profiling import Profile
 from .rollout import TransitionSampler
 from .run_folder import RunFolder
 from .stopping import StopRequest, leave
@@ -87,6 +88,8 @@ class Experiment:
     """What an off-policy loss trains on, see `train`; part of each checkpoint."""
     target_update: TargetNetUpdater | None = None
     """Of a loss with target networks, see `train`."""
+    profile: bool = False
+    """Leave a trace of the second iteration and a page about it, see `agents/profiling.py`."""
     watch: WatchRule = field(default_factory=WatchRule)
     """When the run is taken to over-optimise its reward, see `agents/watch.py`."""
 
@@ -150,7 +153,8 @@ class Experiment:
         left = range(0) if watch.stopped else range(first + 1, settings.iterations + 1)
         last, leaving = not left, None
         bar = tqdm(initial=first, total=settings.iterations, unit="iteration", disable=rank() > 0)
-        with StopRequest() as stop, bar as progress:
+        profile = Profile(folder.path if self.profile and rank() == 0 else None)
+        with StopRequest() as stop, bar as progress, profile:
             progress.set_description(f"reward {before.mean:.3f} before")
             for iteration in left:
                 start = time.perf_counter()
@@ -170,6 +174,7 @@ class Experiment:
                 leaving = stop.received()
                 if iteration % self.checkpoint_every == 0 or last or leaving:
                     checkpoints.save(iteration)
+                profile.step()
                 if last or leaving:
                     break
         if leaving and not last:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
+from torch.profiler import record_function
 from torchrl.data import ReplayBuffer, TensorStorage
 from torchrl.envs import Transform
 from torchrl.objectives import LossModule
@@ -83,27 +84,25 @@ def train(
     batches = iter(collector)
     while True:
         start = time.perf_counter()
-        data = next(batches, None)
+        with record_function("sampling"):
+            data = next(batches, None)
         if data is None:
             return
         collected = time.perf_counter()
         parts = {f"reward_{name}": joined(value).values.mean().item() for name, value in reward_parts().items()}
         rewards = joined(data["next", "reward"].sum(1)).values
         data = advantage(data)
-        fresh = _served(data, sampler, updates_per_epoch, transform) if len(data) else ()
-        sums: dict[str, list[float]] = defaultdict(list)
-        nothing = data[:0, 0]
-        for minibatch in in_step(_minibatches(fresh, buffer, epochs, updates_per_epoch), nothing):
-            while pending:
-                check = pending.pop()
-                found = check(minibatch[:micro_batch]) if len(minibatch) else {}
-                for key, value in _largest(gathered(found)).items():
+        with record_function("training"):
+            fresh = _served(data, sampler, updates_per_epoch, transform) if len(data) else ()
+            sums: dict[str, list[float]] = defaultdict(list)
+            nothing = data[:0, 0]
+            for minibatch in in_step(_minibatches(fresh, buffer, epochs, updates_per_epoch), nothing):
+                found = _checked(pending, minibatch[:micro_batch])
+                made = update(loss, optimizer, parameters, minibatch, micro_batch, max_grad_norm, prompts=prompts)
+                for key, value in (found | made).items():
                     sums[key].append(value)
-            made = update(loss, optimizer, parameters, minibatch, micro_batch, max_grad_norm, prompts=prompts)
-            for key, value in made.items():
-                sums[key].append(value)
-            if target_update is not None:
-                target_update.step()
+                if target_update is not None:
+                    target_update.step()
         yield {
             "reward": rewards.mean().item(),
             "reward_std": rewards.std(correction=0).item(),
@@ -139,6 +138,18 @@ def _minibatches(
         buffer.extend(chosen)
     for _ in range(epochs * updates_per_epoch):
         yield buffer.sample()
+
+
+def _checked(pending: list[Check], transitions: TensorDictBase) -> Metrics:
+    """What the `pending` checks find, the largest of all processes; afterwards there are none."""
+    if not pending:
+        return {}
+    found: Metrics = {}
+    for check in pending if len(transitions) else ():
+        found |= check(transitions)
+    pending.clear()
+    rows = gathered(found)
+    return {key: max(row[key] for row in rows if key in row) for row in rows for key in row}
 
 
 def update(
@@ -188,10 +199,6 @@ def update(
         for key, value in row.items():
             summed[key] += value
     return {**summed, "grad_norm": norm.item(), SKIPPED: 0.0}
-
-
-def _largest(rows: Sequence[Metrics]) -> Metrics:
-    return {key: max(row[key] for row in rows if key in row) for row in rows for key in row}
 
 
 def _objective(losses: TensorDictBase) -> torch.Tensor:

@@ -131,6 +131,7 @@ def build_experiment(settings: RunSettings, *, keep_model_output: bool = False) 
         evaluate_every=settings.evaluate_every,
         checkpoint_every=settings.checkpoint_every,
         watch=settings.watch,
+        profile=settings.profile,
     )
 
 

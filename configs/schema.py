@@ -144,6 +144,8 @@ class RunSettings:
     """Iterations between checkpoints, the newest two of which are kept; there is one after the last in any case."""
     held_out: tuple[HeldOutName, ...] = ("prompt-fidelity",)
     """Rewards that are evaluated and not trained on: what the watch goes by."""
+    profile: bool = False
+    """Leave a trace of the second iteration, trace.json.gz, and a page about where its time went, profile.md."""
     watch: WatchRule = field(default_factory=WatchRule)
     model: ModelSettings = field(default_factory=ModelSettings)
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
@@ -158,6 +160,10 @@ class RunSettings:
         )
         _require(self.evaluate_every >= 1, f"evaluate_every={self.evaluate_every} must be at least 1")
         _require(self.checkpoint_every >= 1, f"checkpoint_every={self.checkpoint_every} must be at least 1")
+        _require(
+            not self.profile or self.training.iterations >= 2,
+            f"profile needs at least 2 iterations, the first of which warms up; iterations={self.training.iterations}",
+        )
         _require(self.evaluation_samples >= 1, f"evaluation_samples={self.evaluation_samples} must be at least 1")
         _require(
             self.reward not in self.held_out,

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
+from torch.profiler import record_function
 from torchrl.data import Binary, Bounded, Composite, Unbounded
 from torchrl.envs import EnvBase
 
@@ -232,13 +233,16 @@ class DenoisingEnv(EnvBase):
             )
         reward = self._callables[1]
         prompts = [self.prompts[i] for i in tensordict["prompt_id"].flatten().tolist()]
-        images = self.decode(latents)
-        try:
-            values = reward(images, prompts)
-        except Exception as error:
-            error.add_note(f"Raised by the reward {_name(reward)} for {len(prompts)} images, the first {prompts[0]!r}")
-            raise
-        return checked_reward(values, prompts).to(self.device)[:, None]
+        with record_function("reward"):
+            images = self.decode(latents)
+            try:
+                values = reward(images, prompts)
+            except Exception as error:
+                error.add_note(
+                    f"Raised by the reward {_name(reward)} for {len(prompts)} images, the first {prompts[0]!r}"
+                )
+                raise
+            return checked_reward(values, prompts).to(self.device)[:, None]
 
 
 def _name(reward: Reward) -> str:
