@@ -3,8 +3,8 @@
     python -m benchmarks.memory
 
 A trajectory's floor is its T + 1 latents in float32; `bytes_per_trajectory` counts every byte that the rollout keeps
-alive, a shared tensor once. The peaks are resident memory above what the process held before that part, which includes
-the networks' activations; `handover` is the copy from the collector's rollout to the stored one. Linux only.
+alive, a shared tensor once; `bytes_at_handover` what the collector's rollout and the stored one do together. The
+peaks are resident memory above what the process held before that part, the networks' activations included. Linux only.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 import tyro
 from tensordict import TensorDictBase
 
-from agents import PromptAdvantage, TransitionSampler, ddpo_is_loss, make_collector, make_policy, share_latents
+from agents import PromptAdvantage, TransitionSampler, ddpo_is_loss, make_collector, make_policy
 from agents.training import train
 from benchmarks.collector_overhead import brightness
 from benchmarks.main_job import append, provenance
@@ -40,12 +40,10 @@ class Settings:
     """'embedded', or a diffusers folder."""
 
 
-def kept_bytes(rollout: TensorDictBase) -> int:
-    """Bytes that the tensors of `rollout` keep alive: whole storages, each once."""
-    storages = {
-        value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in rollout.values(True, True)
-    }
-    return sum(storages.values())
+def kept_bytes(*data: TensorDictBase) -> int:
+    """Bytes that the tensors of `data` keep alive together: whole storages, each once."""
+    storages = (value.untyped_storage() for each in data for value in each.values(True, True))
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def peak(work: Callable[[], object]) -> int:
@@ -68,18 +66,21 @@ def main(settings: Settings) -> None:
     sampler, conditioning = backbone.sampler(settings.num_steps), backbone.conditioning(prompt_set("animals"))
     policy = make_policy(backbone, sampler, conditioning)
     env = DenoisingEnv(backbone, settings.num_steps, brightness, conditioning.prompts, batch_size=settings.images)
-    rollouts: list[TensorDictBase] = []
+    collector = make_collector(env, policy, iterations=2)
+    store, held = collector.postproc, []
 
-    def sample() -> None:
-        with torch.no_grad():
-            rollouts.append(env.rollout(settings.num_steps, policy))
+    def storing(rollout: TensorDictBase) -> TensorDictBase:
+        stored = store(rollout)
+        held.append((kept_bytes(stored), kept_bytes(rollout, stored)))
+        return stored
 
-    sampling = peak(sample)
-    handover = peak(lambda: rollouts.append(share_latents(rollouts[0])))
+    collector.postproc = storing
+    batches = iter(collector)
+    sampling = peak(lambda: next(batches))
     loss = ddpo_is_loss(policy, clip_range=1e-3)
     optimizer = torch.optim.AdamW([parameter for parameter in loss.parameters() if parameter.requires_grad])
     loop = train(
-        make_collector(env, policy, iterations=1),
+        batches,
         loss,
         optimizer,
         advantage=PromptAdvantage(),
@@ -87,14 +88,14 @@ def main(settings: Settings) -> None:
         micro_batch=settings.micro_batch,
     )
     iteration = peak(lambda: next(loop))
-    kept = kept_bytes(rollouts[1]) / settings.images
-    floor = (settings.num_steps + 1) * rollouts[1]["latents"][0, 0].nbytes
+    kept, handover = (size / settings.images for size in held[0])
+    floor = (settings.num_steps + 1) * env.observation_spec["latents"].zero()[0].nbytes
     row = {
         "bytes_per_trajectory": round(kept),
         "floor": floor,
         "ratio": round(kept / floor, 4),
+        "bytes_at_handover": round(handover),
         "peak_sampling_mib": round(sampling / 2**20, 1),
-        "peak_handover_mib": round(handover / 2**20, 1),
         "peak_iteration_mib": round(iteration / 2**20, 1),
         "resident_mib": round(_status("VmRSS") / 2**20, 1),
         "images": settings.images,
