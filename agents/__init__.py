@@ -3,7 +3,7 @@
 from .advantage import GroupAdvantage, PromptAdvantage
 from .critic import CriticAdvantage, RestoreNext, make_critic, make_q_critic
 from .evaluation import Evaluation, Evaluator
-from .experiment import Experiment, Optimisation, summary
+from .experiment import Experiment, Optimisation
 from .iql import iql_loss
 from .kl_penalty import KLPenalty
 from .nabla_db import NablaDBLoss
@@ -13,7 +13,7 @@ from .reinforce import ScoreFunctionLoss
 from .reward_backprop import AlignPropLoss, DRaFTLoss, DRaFTLVLoss, ReFLLoss
 from .reward_gradient import RewardGradient
 from .rollout import RecomputeLogProb, TransitionSampler, make_collector, share_latents, trainable_steps
-from .run_folder import RunFolder
+from .run_folder import RunFolder, summary
 from .rwr import BestTrajectories, ExponentialWeights, RWRLoss
 from .training import train
 from .watch import OverOptimisationWarning, OverOptimisationWatch, WatchRule

@@ -9,13 +9,16 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 from torchrl.objectives.llm import MCAdvantage
 
+from .distributed import joined
+
 
 class PromptAdvantage(nn.Module):
     """Per-prompt normalised reward (Black et al. 2023, arXiv:2305.13301, appendix D; `PerPromptStatTracker`).
 
     Each prompt remembers its last `buffer_size` rewards across iterations. The batch's rewards enter first; then
     A = (r - mean) / (std + 1e-6) with the prompt's mean and population standard deviation, or with the batch's while
-    the prompt has fewer than `min_count` rewards; at last A is clipped to +-`clip`.
+    the prompt has fewer than `min_count` rewards; at last A is clipped to +-`clip`. With several processes the batch is
+    that of all of them, and each has the whole memory.
     """
 
     def __init__(self, *, buffer_size: int = 32, min_count: int = 16, clip: float = 5.0) -> None:
@@ -38,9 +41,9 @@ class PromptAdvantage(nn.Module):
         Args:
             tensordict: whole trajectories [B, T] with `prompt_id` and `("next", "reward")`.
         """
-        returns = tensordict["next", "reward"].sum(1).flatten()
-        prompts = tensordict["prompt_id"][:, 0].flatten().tolist()
-        advantage = self.update(prompts, returns.cpu()).to(returns)
+        returns, own = joined(tensordict["next", "reward"].sum(1).flatten())
+        prompts, _ = joined(tensordict["prompt_id"][:, 0].flatten())
+        advantage = self.update(prompts.tolist(), returns.cpu()).to(returns)[own]
         shape = tensordict["next", "reward"].shape
         return tensordict.set("advantage", advantage[:, None, None].expand(shape))
 
@@ -72,7 +75,8 @@ class GroupAdvantage(nn.Module):
     """Group-relative advantage, with TorchRL's `MCAdvantage` (GRPO: Shao et al. 2024, arXiv:2402.03300, section 4.1.2).
 
     A = (R - mean) / std over the images of one `group_id`, R the trajectory's summed reward and std with Bessel's
-    correction; TorchRL's default would normalise over single steps, nearly all of which have reward 0. No memory.
+    correction; TorchRL's default would normalise over single steps, nearly all of which have reward 0. No memory. With
+    several processes nothing is exchanged: a group is on one of them.
     """
 
     def __init__(self, samples_per_prompt: int) -> None:

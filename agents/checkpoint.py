@@ -3,6 +3,8 @@
 Each is one ZIP file, whose CRC-32 sums tell whether it is whole. TorchRL writes it beside its place and renames it; it
 is flushed to the disk before the one before it can be dropped, so that at least one good checkpoint is there whenever
 the process or the machine stops. Nothing in it is executed: tensors are read with `weights_only`.
+
+With several processes the first one writes; in its file are the random states and whatever else each has of its own.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import os
 import shutil
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,8 +24,11 @@ from torch import Tensor
 from torchrl.checkpoint import Checkpoint, CheckpointRotation, GlobalRNGState, StateDictCheckpointAdapter
 from torchrl.objectives import LossModule
 
+from .distributed import collected, on_first, rank, size
+
 KEPT = 2
 RANDOM = "random_states"
+PROCESSES = "processes"
 
 
 class Stateful(Protocol):
@@ -81,23 +86,56 @@ class TrainedState:
             value.copy_(state_dict[key])
 
 
+class OfEachProcess:
+    """A part that each process has of its own: a checkpoint holds all of them, by rank."""
+
+    def __init__(self, part: Stateful) -> None:
+        """Of this process it is `part`."""
+        self._part = part
+        self._states: list[Any] = []
+
+    def collect(self) -> None:
+        """Bring the states of all processes to the first one, which can then give its `state_dict`."""
+        self._states = collected(self._part.state_dict())
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `collect` brought."""
+        return {"by_rank": self._states}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restore this process's part."""
+        self._part.load_state_dict(state_dict["by_rank"][rank()])
+
+
 class Checkpoints:
     """The checkpoints of one run, the newest `KEPT` of them."""
 
-    def __init__(self, directory: Path, parts: Mapping[str, Stateful], identity: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        parts: Mapping[str, Stateful],
+        identity: Mapping[str, Any],
+        *,
+        of_each_process: Collection[str] = (),
+    ) -> None:
         """Save `parts` to `directory` and load them from there.
 
         Args:
             directory: made when the first one is written.
             parts: by name; the process's random states (Python, NumPy, PyTorch) are added.
             identity: what the run is, as JSON; a checkpoint of another one is refused.
+            of_each_process: names of parts that differ between processes; the random states do in any case.
         """
         self._directory, self._identity = directory, json.loads(json.dumps(identity))
         self._rotation = CheckpointRotation(directory, keep_last=KEPT)
         self._checkpoint = Checkpoint(format="archive")
         # One file a part; unlike memory-mapped files, a full disk is an error here and not a crash.
         adapter = StateDictCheckpointAdapter(payload_format="torch")
+        self._of_each: list[OfEachProcess] = []
         for name, part in {**parts, RANDOM: GlobalRNGState()}.items():
+            if size() > 1 and name in {*of_each_process, RANDOM}:
+                part = OfEachProcess(part)
+                self._of_each.append(part)
             self._checkpoint.register(name, part, adapter=adapter)
 
     def save(self, iteration: int) -> None:
@@ -106,8 +144,15 @@ class Checkpoints:
         Raises:
             OSError: it cannot be written, RuntimeError where PyTorch says so; earlier checkpoints are whole.
         """
+        for part in self._of_each:
+            part.collect()
+        self._write(iteration)
+
+    @on_first
+    def _write(self, iteration: int) -> None:
         try:
-            path = self._rotation.save(self._checkpoint, step=iteration, metadata=self._identity)
+            metadata = {**self._identity, PROCESSES: size()}
+            path = self._rotation.save(self._checkpoint, step=iteration, metadata=metadata)
             _flush(path)
             _flush(self._directory)
         except (OSError, RuntimeError) as error:
@@ -148,10 +193,16 @@ class Checkpoints:
         """Restore every part but the random states.
 
         Raises:
-            ValueError: the checkpoint is another run's; the message says where they differ.
+            ValueError: the checkpoint is another run's, or of another number of processes; the message says which.
             CheckpointError: a part does not fit.
         """
-        saved = Checkpoint.manifest(path)["metadata"]
+        saved = dict(Checkpoint.manifest(path)["metadata"])
+        processes = saved.pop(PROCESSES, 1)
+        if processes != size():
+            raise ValueError(
+                f"{path} was written by {processes} process(es), here are {size()}: each continues with its own images "
+                f"and random numbers. Resume with torchrun --nproc-per-node {processes}, or plain python for 1"
+            )
         if differing := differences(saved, self._identity):
             raise ValueError(
                 f"{path} belongs to another run (there, here): {'; '.join(differing)}. Resume with the program and the "

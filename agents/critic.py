@@ -24,6 +24,7 @@ from torchrl.envs import Transform
 from torchrl.modules import ProbabilisticActor, ValueOperator
 from torchrl.objectives.value import GAE
 
+from .distributed import joined
 from .policy import denoising_mean
 
 STATE_KEYS = ("latents", "step", "prompt_id")
@@ -121,14 +122,19 @@ class CriticAdvantage(nn.Module):
         Args:
             critic: of `make_critic`; the loss trains it.
             lmbda: 0 trusts the critic's next value, 1 the reward at the end.
-            standardize: mean 0 and standard deviation 1 over all transitions of a batch.
+            standardize: mean 0 and standard deviation 1 over all transitions of a batch, that of all processes.
         """
         super().__init__()
         if not 0 <= lmbda <= 1:
             raise ValueError(f"lmbda is {lmbda}; it must lie between 0 (next value) and 1 (reward at the end)")
         self._restore = RestoreNext()
-        self._estimator = GAE(gamma=1.0, lmbda=lmbda, value_network=critic, average_gae=standardize)
+        self._standardize = standardize
+        self._estimator = GAE(gamma=1.0, lmbda=lmbda, value_network=critic)
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write `advantage`, `value_target` and `state_value`, each [B, T, 1], to whole trajectories [B, T]."""
-        return self._estimator(self._restore(tensordict)).exclude(*NEXT_KEYS)
+        data = self._estimator(self._restore(tensordict)).exclude(*NEXT_KEYS)
+        if not self._standardize:
+            return data
+        advantage = joined(data["advantage"]).values  # which TorchRL's `average_gae` knows of one process only
+        return data.set("advantage", (data["advantage"] - advantage.mean()) / advantage.std().clamp(min=1e-4))

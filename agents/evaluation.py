@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import Tensor
+from torch.profiler import record_function
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
 from diffusion_env import DenoisingEnv, checked_reward
 from diffusion_env.scoring import Reward
 
+from .distributed import shared_out
 from .metrics import (
     FeatureExtractor,
     diversity,
@@ -116,11 +119,15 @@ class Evaluator:
         self.latents = torch.randn((len(self.prompt_id), *shape), generator=generator)
 
     @torch.no_grad()
+    @record_function("evaluation")
     def __call__(self, policy: TensorDictModule) -> Evaluation:
-        """Images and rewards of `policy`; random states of the caller are left as they were."""
+        """Images and rewards of `policy`; random states of the caller are left as they were.
+
+        Several processes share the chunks out among them; each has the whole evaluation, that of a single one.
+        """
         size = self._env.batch_size[0]
         chunks = zip(self.prompt_id.split(size), self.latents.split(size), strict=True)
-        return _joined([self._chunk(policy, n * size, *chunk) for n, chunk in enumerate(chunks)])
+        return _joined(shared_out([partial(self._chunk, policy, n * size, *chunk) for n, chunk in enumerate(chunks)]))
 
     def _chunk(self, policy: TensorDictModule, first: int, prompt_id: Tensor, latents: Tensor) -> Evaluation:
         """Images number `first` and following."""

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
-import signal
-import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NoReturn, Protocol
+from typing import Protocol
 
 import torch
 from tensordict import TensorDictBase
@@ -25,12 +22,14 @@ from tqdm import tqdm
 from diffusion_env.scoring import Reward
 
 from .checkpoint import Checkpoints, Stateful, TrainedState
+from .distributed import draw_apart, from_first, on_first, rank, share_weights, size
+from .equal_weights import EqualWeights
 from .evaluation import Evaluation, Evaluator
 from .memory import memory_advice
-from .metrics import standard_error
+from .profiling import Profile
 from .rollout import TransitionSampler
 from .run_folder import RunFolder
-from .stopping import StopRequest
+from .stopping import StopRequest, leave
 from .training import SKIPPED, Check, train
 from .watch import NO_VERDICT, OverOptimisationWarning, OverOptimisationWatch, Verdict, WatchRule
 
@@ -63,6 +62,8 @@ class Optimisation:
     """The gradient's global norm is clipped to this."""
     max_skipped_updates: int = 10
     """Updates whose gradient is not finite are skipped and counted; after more than this many the run stops."""
+    compare_processes_every: int = 10
+    """Updates between comparisons of the weights of several processes, which must be equal to the bit."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,8 @@ class Experiment:
     """What an off-policy loss trains on, see `train`; part of each checkpoint."""
     target_update: TargetNetUpdater | None = None
     """Of a loss with target networks, see `train`."""
+    profile: bool = False
+    """Leave a trace of the second iteration and a page about it, see `agents/profiling.py`."""
     watch: WatchRule = field(default_factory=WatchRule)
     """When the run is taken to over-optimise its reward, see `agents/watch.py`."""
 
@@ -98,7 +101,7 @@ class Experiment:
 
         A resumed folder's run continues after its newest checkpoint as if it had never stopped. SIGTERM and Ctrl-C
         finish the iteration and write a checkpoint. An `OverOptimisationWarning` says at which evaluation the watch
-        raised an alarm.
+        raised an alarm. Several processes start from the first one's weights, and the first one alone writes.
 
         Args:
             loss: the method.
@@ -108,17 +111,23 @@ class Experiment:
 
         Raises:
             FloatingPointError: too many updates had to be skipped.
+            UnequalWeightsError, LostProcessError: of several processes one trains another model, or has ended.
             SystemExit: SIGTERM or Ctrl-C came; the status is 128 and the signal's number, as shells have it.
         """
         trainable = [parameter for parameter in loss.parameters() if parameter.requires_grad]
+        trained = TrainedState(loss, self.policy)
+        share_weights(trained.state_dict())
+        draw_apart()
         # One kernel for all parameters instead of a loop over hundreds of small ones.
         settings = self.optimisation
         optimizer = torch.optim.AdamW(
             trainable, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
         )
+        optimizer.register_step_post_hook(EqualWeights(trained, settings.compare_processes_every))
         before = after = self.evaluator(self.policy)
         watch = OverOptimisationWatch(self.watch, before)
-        checkpoints = self._checkpoints(loss, optimizer, folder, watch)
+        method = {"loss": type(loss).__name__, "advantage": type(self.advantage).__name__}
+        checkpoints = self._checkpoints(method, trained, optimizer, folder, watch)
         if folder.resumed:
             self._resume(checkpoints, folder)
         first = len(folder.rows)
@@ -141,10 +150,12 @@ class Experiment:
             reward_parts=lambda: self.collector.env.reward_parts,
             prompts=self.collector.env.prompts,
         )
-        images = self.collector.requested_frames_per_batch // self.collector.env.num_steps
+        images = self.collector.requested_frames_per_batch // self.collector.env.num_steps * size()
         left = range(0) if watch.stopped else range(first + 1, settings.iterations + 1)
         last, leaving = not left, None
-        with StopRequest() as stop, tqdm(initial=first, total=settings.iterations, unit="iteration") as progress:
+        bar = tqdm(initial=first, total=settings.iterations, unit="iteration", disable=rank() > 0)
+        profile = Profile(folder.path if self.profile and rank() == 0 else None)
+        with StopRequest() as stop, bar as progress, profile:
             progress.set_description(f"reward {before.mean:.3f} before")
             for iteration in left:
                 start = time.perf_counter()
@@ -161,19 +172,20 @@ class Experiment:
                 progress.set_description(f"reward {metrics['reward']:.3f} (fixed noise {after.mean:.3f})")
                 progress.set_postfix_str(f"{metrics['images_per_second']:.1f} images/s")
                 progress.update()
-                leaving = stop.received
+                leaving = stop.received()
                 if iteration % self.checkpoint_every == 0 or last or leaving:
                     checkpoints.save(iteration)
+                profile.step()
                 if last or leaving:
                     break
         if leaving and not last:
-            _leave(leaving, folder, resume_command)
+            leave(leaving, folder.path, len(folder.rows), resume_command)
         if not left:  # it was stopped while it wrote what follows
             after = self.evaluator(self.policy)
         self.collector.shutdown()
         folder.save_curve(before)
         folder.save_before_after(before, after)
-        self.backbone.save(str(folder.path / "lora"))
+        on_first(self.backbone.save)(str(folder.path / "lora"))
         return before, after
 
     def _stop_if_broken(self, folder: RunFolder) -> None:
@@ -186,10 +198,15 @@ class Experiment:
             )
 
     def _checkpoints(
-        self, loss: LossModule, optimizer: torch.optim.Optimizer, folder: RunFolder, watch: OverOptimisationWatch
+        self,
+        method: dict[str, str],
+        trained: TrainedState,
+        optimizer: torch.optim.Optimizer,
+        folder: RunFolder,
+        watch: OverOptimisationWatch,
     ) -> Checkpoints:
         parts: dict[str, Stateful] = {
-            "loss": TrainedState(loss, self.policy),
+            "loss": trained,
             "optimizer": optimizer,
             "advantage": self.advantage,
             "environment": self.collector.env,
@@ -201,11 +218,12 @@ class Experiment:
             parts["buffer"] = self.buffer
         if self.target_update is not None:
             parts["target_update"] = self.target_update
-        method = {"loss": type(loss).__name__, "advantage": type(self.advantage).__name__}
-        return Checkpoints(folder.path / "checkpoints", parts, {**method, "settings": folder.config})
+        identity = {**method, "settings": folder.config}
+        own = ("environment", "sampler", "buffer")
+        return Checkpoints(folder.path / "checkpoints", parts, identity, of_each_process=own)
 
     def _resume(self, checkpoints: Checkpoints, folder: RunFolder) -> None:
-        newest = checkpoints.newest()
+        newest = from_first(checkpoints.newest)
         if newest is None:
             folder.load_state_dict({"rows": [], "evaluations": []})  # from the start, where everything is as it was
             return
@@ -218,9 +236,9 @@ class Experiment:
     ) -> dict[str, float]:
         """Log an evaluation, keep its weights if they are the best so far, warn; returns its metrics."""
         if verdict.keep:
-            self.backbone.save(str(folder.path / "lora_best"))
+            on_first(self.backbone.save)(str(folder.path / "lora_best"))
         for alarm in verdict.alarms:
-            warnings.warn(f"iteration {iteration}: {alarm}", OverOptimisationWarning, stacklevel=3)
+            on_first(warnings.warn)(f"iteration {iteration}: {alarm}", OverOptimisationWarning, stacklevel=4)
         row = folder.log_evaluation(iteration, evaluation, before, verdict)
         return {f"eval_{key}": value for key, value in row.items()}
 
@@ -228,31 +246,3 @@ class Experiment:
         for step in self.prepare:
             rollout = step(rollout)
         return self.advantage(rollout)
-
-
-def _leave(received: signal.Signals, folder: RunFolder, command: str | None) -> NoReturn:
-    resume = command or shlex.join(["python", sys.argv[0], "--resume", str(folder.path)])
-    done = len(folder.rows)
-    print(f"stopped after {done} iterations by {received.name}; continue with: {resume}", file=sys.stderr)
-    raise SystemExit(128 + received)
-
-
-def summary(before: Evaluation, after: Evaluation, folder: RunFolder) -> str:
-    """The closing lines of a run: what was reached and where everything is."""
-    gain = "no spread"  # a reward that is 0 or 1 may not tell the pretrained model's images apart
-    if before.std:
-        gain = f"{(after.mean - before.mean) / before.std:+.2f} standard deviations"
-    error = standard_error(after.rewards)
-    best = folder.path / "lora_best"
-    return (
-        f"reward on fixed prompts and noise: {before.mean:.4f} before, {after.mean:.4f} +- {error:.4f} after, "
-        f"{gain} of the pretrained model's images ({len(after.rewards)} images)\n"
-        f"curve         {folder.path / 'reward_curve.png'}\n"
-        f"before/after  {folder.path / 'before_after.png'}\n"
-        f"metrics       {folder.path / 'metrics.csv'}\n"
-        f"evaluations   {folder.path / 'evaluations.csv'}\n"
-        f"settings      {folder.path / 'config.json'}\n"
-        f"checkpoints   {folder.path / 'checkpoints'}\n"
-        f"weights       {folder.path / 'lora'}   (diffusers: pipe.load_lora_weights(folder))\n"
-        f"best held-out {best if best.exists() else 'none without alarm'}"
-    )

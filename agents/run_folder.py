@@ -1,4 +1,7 @@
-"""What a run leaves behind: configuration, metrics, evaluations, curve, pictures, weights."""
+"""What a run leaves behind: configuration, metrics, evaluations, curve, pictures, weights.
+
+Of several processes the first one alone writes.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,10 @@ from PIL import Image
 from torchrl.record.loggers import Logger, get_logger
 
 from .checkpoint import differences
+from .distributed import from_first, on_first
 from .evaluation import Evaluation
 from .files import locked, write_rows, write_whole
+from .metrics import standard_error
 from .watch import Verdict
 
 LoggerName = Literal["csv", "tensorboard", "wandb"]
@@ -49,17 +54,22 @@ class RunFolder:
         self.path, self.resumed = path, resume
         self.config: dict[str, Any] = json.loads(json.dumps(config, default=str))
         self._logger_name = logger
-        if resume and not (path / "config.json").is_file():
-            raise FileNotFoundError(f"{path} holds no run to resume: it has no config.json")
-        self._lock = locked(path)
+        self._rows: list[dict[str, float]] = []
+        self._evaluations: list[dict[str, float]] = []
+        self._open()
+        self.path = from_first(lambda: path)  # it may have tried several, the others come here with their first
+
+    @on_first
+    def _open(self) -> None:
+        if self.resumed and not (self.path / "config.json").is_file():
+            raise FileNotFoundError(f"{self.path} holds no run to resume: it has no config.json")
+        self._lock = locked(self.path)
         try:
-            self._claim(path / "config.json")
+            self._claim(self.path / "config.json")
         except BaseException:
             self._lock.release()
             raise
-        self._logger = _make_logger(path, logger, self.config)
-        self._rows: list[dict[str, float]] = []
-        self._evaluations: list[dict[str, float]] = []
+        self._logger = _make_logger(self.path, self._logger_name, self.config)
 
     def _claim(self, file: Path) -> None:
         if self.resumed:
@@ -78,7 +88,7 @@ class RunFolder:
     def log(self, metrics: Mapping[str, float]) -> None:
         """Append a row to `metrics.csv`; columns that come later leave earlier cells empty."""
         self._rows.append({"iteration": len(self._rows), **metrics})
-        write_rows(self.path / "metrics.csv", self._rows)
+        on_first(write_rows)(self.path / "metrics.csv", self._rows)
         self._send(self._rows[-1])
 
     def state_dict(self) -> dict[str, Any]:
@@ -88,6 +98,10 @@ class RunFolder:
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go back to these rows: later ones leave the files, and the logger starts anew with them."""
         self._rows, self._evaluations = ([dict(row) for row in state_dict[key]] for key in ("rows", "evaluations"))
+        self._write_again()
+
+    @on_first
+    def _write_again(self) -> None:
         write_rows(self.path / "metrics.csv", self._rows)
         write_rows(self.path / "evaluations.csv", self._evaluations)
         shutil.rmtree(self.path / LOGS, ignore_errors=True)
@@ -95,6 +109,7 @@ class RunFolder:
         for row in self._rows:
             self._send(row)
 
+    @on_first
     def _send(self, row: Mapping[str, float]) -> None:
         for key, value in row.items():
             if key != "iteration":
@@ -113,10 +128,11 @@ class RunFolder:
         """
         row = evaluation.row(pretrained) | {"alarms": float(len(verdict.alarms)), "kept": float(verdict.keep)}
         self._evaluations.append({"iteration": iteration, **row})
-        write_rows(self.path / "evaluations.csv", self._evaluations)
-        _save_samples(self.path / "samples", iteration, evaluation)
+        on_first(write_rows)(self.path / "evaluations.csv", self._evaluations)
+        on_first(_save_samples)(self.path / "samples", iteration, evaluation)
         return row
 
+    @on_first
     def save_curve(self, baseline: Evaluation) -> None:
         """`reward_curve.png`: sampled and evaluated reward over iterations, beside the pretrained model's."""
         plt = pyplot()
@@ -134,9 +150,31 @@ class RunFolder:
         figure.savefig(self.path / "reward_curve.png", dpi=120)
         plt.close(figure)
 
+    @on_first
     def save_before_after(self, before: Evaluation, after: Evaluation) -> None:
         """`before_after.png`: see `draw_before_after`."""
         draw_before_after(before, after, self.path / "before_after.png")
+
+
+def summary(before: Evaluation, after: Evaluation, folder: RunFolder) -> str:
+    """The closing lines of a run: what was reached and where everything is."""
+    gain = "no spread"  # a reward that is 0 or 1 may not tell the pretrained model's images apart
+    if before.std:
+        gain = f"{(after.mean - before.mean) / before.std:+.2f} standard deviations"
+    error = standard_error(after.rewards)
+    best = folder.path / "lora_best"
+    return (
+        f"reward on fixed prompts and noise: {before.mean:.4f} before, {after.mean:.4f} +- {error:.4f} after, "
+        f"{gain} of the pretrained model's images ({len(after.rewards)} images)\n"
+        f"curve         {folder.path / 'reward_curve.png'}\n"
+        f"before/after  {folder.path / 'before_after.png'}\n"
+        f"metrics       {folder.path / 'metrics.csv'}\n"
+        f"evaluations   {folder.path / 'evaluations.csv'}\n"
+        f"settings      {folder.path / 'config.json'}\n"
+        f"checkpoints   {folder.path / 'checkpoints'}\n"
+        f"weights       {folder.path / 'lora'}   (diffusers: pipe.load_lora_weights(folder))\n"
+        f"best held-out {best if best.exists() else 'none without alarm'}"
+    )
 
 
 def draw_before_after(before: Evaluation, after: Evaluation, path: Path, *, columns: int = 9) -> None:

@@ -24,6 +24,7 @@ from tensordict.utils import NestedKey
 from torch import Tensor, nn
 from torchrl.modules import ProbabilisticActor
 
+from .distributed import joined
 from .policy import denoising_mean
 from .policy_loss import PolicyLoss
 from .rollout import TransitionSampler
@@ -45,7 +46,7 @@ def weighted_regression(out: Tensor, target: Tensor, weight: Tensor) -> Tensor:
 
 
 class ExponentialWeights(nn.Module):
-    """RWR's weights, computed once over the whole batch: the loop's `advantage`."""
+    """RWR's weights, computed once over the whole batch, that of all processes: the loop's `advantage`."""
 
     def __init__(self, *, inverse_temperature: float = 0.2, per_prompt: bool = False) -> None:
         """Weigh images by exp(`inverse_temperature` * reward), over the batch or within each prompt.
@@ -60,15 +61,15 @@ class ExponentialWeights(nn.Module):
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write `weight` [B, T, 1] to whole trajectories [B, T]."""
-        rewards = _returns(tensordict)
+        rewards, own = joined(_returns(tensordict))
         weight = torch.empty_like(rewards)
         for rows in _groups(tensordict, self._per_prompt):
             weight[rows] = exponential_weights(rewards[rows], self._inverse_temperature)
-        return _with_weight(tensordict, weight)
+        return _with_weight(tensordict, weight[own])
 
 
 class BestTrajectories(nn.Module):
-    """RWR-sparse's selection, made once over the whole batch: the loop's `advantage`."""
+    """RWR-sparse's selection, made once over the whole batch, that of all processes: the loop's `advantage`."""
 
     def __init__(self, *, percentile: float = 0.9, per_prompt: bool = False) -> None:
         """Keep images whose reward reaches the `percentile` of the batch's, or of their prompt's.
@@ -84,12 +85,13 @@ class BestTrajectories(nn.Module):
         self._percentile, self._per_prompt = percentile, per_prompt
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """The kept ones [K, T] of whole trajectories [B, T], with `weight` [K, T, 1] of 1."""
-        rewards = _returns(tensordict)
+        """The kept ones [K, T] of whole trajectories [B, T], with `weight` [K, T, 1] of 1; K may be 0."""
+        rewards, own = joined(_returns(tensordict))
         kept = torch.zeros_like(rewards, dtype=torch.bool)
         for rows in _groups(tensordict, self._per_prompt):
             kept[rows] = at_or_above_percentile(rewards[rows], self._percentile)
-        return _with_weight(tensordict[kept], torch.ones_like(rewards[kept]))
+        mine = kept[own]
+        return _with_weight(tensordict[mine], torch.ones_like(rewards[own][mine]))
 
 
 class RWRLoss(PolicyLoss):
@@ -161,8 +163,8 @@ def _returns(tensordict: TensorDictBase) -> Tensor:
 
 
 def _groups(tensordict: TensorDictBase, per_prompt: bool) -> list[Tensor]:
-    """Which trajectories are weighed against each other, bool [B] for each group."""
-    prompt_id = tensordict["prompt_id"][:, 0].flatten()
+    """Which trajectories of all processes are weighed against each other, bool [sum of B] for each group."""
+    prompt_id = joined(tensordict["prompt_id"][:, 0].flatten()).values
     if not per_prompt:
         return [torch.ones_like(prompt_id, dtype=torch.bool)]
     return [prompt_id == one for one in prompt_id.unique()]

@@ -1,4 +1,7 @@
-"""The one loop: collect -> advantage -> buffer -> loss -> step -> metrics. Every method runs through it unchanged."""
+"""The one loop: collect -> advantage -> buffer -> loss -> step -> metrics. Every method runs through it unchanged.
+
+With several processes each has its own trajectories, and an optimiser step and its metrics are those of all together.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
+from torch.profiler import record_function
 from torchrl.data import ReplayBuffer, TensorStorage
 from torchrl.envs import Transform
 from torchrl.objectives import LossModule
 from torchrl.objectives.utils import TargetNetUpdater
 
+from .distributed import gathered, in_step, joined, on_first, sum_gradients
 from .rollout import TransitionSampler
 
 Metrics = dict[str, float]
@@ -64,7 +69,8 @@ def train(
             `epochs * updates_per_epoch` an iteration, trains on what it draws, of any age. Its batch size, capacity and
             transform are its own; it holds `latents` and `action` separately, twice a rollout's memory.
         target_update: TorchRL's `SoftUpdate` or `HardUpdate` of a loss with target networks, stepped after each update.
-        checks: called once with the first transitions, before the first update; their results are logged.
+        checks: called once with the first transitions, before the first update; their results are logged, the largest
+            of all processes.
         reward_parts: called once a batch, before anything else can be scored; gives each part's rewards of that batch
             by name, for a reward that has parts.
         prompts: by id, for the warning about a skipped update.
@@ -78,30 +84,25 @@ def train(
     batches = iter(collector)
     while True:
         start = time.perf_counter()
-        data = next(batches, None)
+        with record_function("sampling"):
+            data = next(batches, None)
         if data is None:
             return
         collected = time.perf_counter()
-        parts = {f"reward_{name}": value.mean().item() for name, value in reward_parts().items()}
-        rewards = data["next", "reward"].sum(1)
+        parts = {f"reward_{name}": joined(value).values.mean().item() for name, value in reward_parts().items()}
+        rewards = joined(data["next", "reward"].sum(1)).values
         data = advantage(data)
-        transitions = data.batch_size[0] * sampler.steps_per_trajectory
-        fresh = ReplayBuffer(
-            storage=TensorStorage(data),
-            sampler=sampler,
-            batch_size=-(-transitions // updates_per_epoch),
-            transform=transform,
-        )
-        sums: dict[str, list[float]] = defaultdict(list)
-        for minibatch in _minibatches(fresh, buffer, epochs, updates_per_epoch):
-            while pending:
-                for key, value in pending.pop()(minibatch[:micro_batch]).items():
+        with record_function("training"):
+            fresh = _served(data, sampler, updates_per_epoch, transform) if len(data) else ()
+            sums: dict[str, list[float]] = defaultdict(list)
+            nothing = data[:0, 0]
+            for minibatch in in_step(_minibatches(fresh, buffer, epochs, updates_per_epoch), nothing):
+                found = _checked(pending, minibatch[:micro_batch])
+                made = update(loss, optimizer, parameters, minibatch, micro_batch, max_grad_norm, prompts=prompts)
+                for key, value in (found | made).items():
                     sums[key].append(value)
-            made = update(loss, optimizer, parameters, minibatch, micro_batch, max_grad_norm, prompts=prompts)
-            for key, value in made.items():
-                sums[key].append(value)
-            if target_update is not None:
-                target_update.step()
+                if target_update is not None:
+                    target_update.step()
         yield {
             "reward": rewards.mean().item(),
             "reward_std": rewards.std(correction=0).item(),
@@ -112,8 +113,21 @@ def train(
         }
 
 
+def _served(
+    data: TensorDictBase, sampler: TransitionSampler, updates_per_epoch: int, transform: Transform | None
+) -> ReplayBuffer:
+    """A buffer that deals out what `sampler` chooses of trajectories [B, T], in so many parts."""
+    transitions = data.batch_size[0] * sampler.steps_per_trajectory
+    return ReplayBuffer(
+        storage=TensorStorage(data),
+        sampler=sampler,
+        batch_size=-(-transitions // updates_per_epoch),
+        transform=transform,
+    )
+
+
 def _minibatches(
-    fresh: ReplayBuffer, buffer: ReplayBuffer | None, epochs: int, updates_per_epoch: int
+    fresh: Iterable[TensorDictBase], buffer: ReplayBuffer | None, epochs: int, updates_per_epoch: int
 ) -> Iterator[TensorDictBase]:
     """The transitions of each optimiser step of an iteration: passes over `fresh`, or draws from `buffer`."""
     if buffer is None:
@@ -124,6 +138,18 @@ def _minibatches(
         buffer.extend(chosen)
     for _ in range(epochs * updates_per_epoch):
         yield buffer.sample()
+
+
+def _checked(pending: list[Check], transitions: TensorDictBase) -> Metrics:
+    """What the `pending` checks find, the largest of all processes; afterwards there are none."""
+    if not pending:
+        return {}
+    found: Metrics = {}
+    for check in pending if len(transitions) else ():
+        found |= check(transitions)
+    pending.clear()
+    rows = gathered(found)
+    return {key: max(row[key] for row in rows if key in row) for row in rows for key in row}
 
 
 def update(
@@ -139,31 +165,40 @@ def update(
     """One optimiser step on transitions [N], accumulated over micro-batches.
 
     Where the gradient is not finite nothing is changed, and a `SkippedUpdateWarning` names the transition to blame.
+    With several processes the step is that of all their transitions together, of which one may have more, or none.
 
     Returns:
         The averaged loss entries, `grad_norm` and `skipped_updates` 0; of a skipped update `skipped_updates` 1 alone.
     """
     metrics: dict[str, Tensor] = {}
-    for part in minibatch.split(micro_batch):
+    parts = minibatch.split(micro_batch) if len(minibatch) else ()
+    transitions = sum(gathered(len(minibatch)))
+    for part in parts:
         losses = loss(part)
-        share = len(part) / len(minibatch)
+        share = len(part) / transitions
         (_objective(losses) * share).backward()
         for key, value in losses.items():
             metrics[key] = metrics.get(key, 0) + share * value.detach().float().mean()
+    sum_gradients(parameters)
     norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     if not norm.isfinite():
         optimizer.zero_grad()
-        blamed = _blame(loss, optimizer, parameters, minibatch.split(micro_batch))
-        warnings.warn(
-            f"an update was skipped, as the gradient's norm is {norm.item()}: {_describe(blamed, prompts)}. Where "
-            "it happens again, lower the learning rate, or look for a half-precision reward or network that overflows",
+        blamed = gathered(_describe(_blame(loss, optimizer, parameters, parts), prompts))
+        on_first(warnings.warn)(
+            f"an update was skipped, as the gradient's norm is {norm.item()}: "
+            f"{next(filter(None, blamed), 'no single transition is to blame')}. Where it happens again, lower the "
+            "learning rate, or look for a half-precision reward or network that overflows",
             SkippedUpdateWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
         return {SKIPPED: 1.0}
     optimizer.step()
     optimizer.zero_grad()
-    return {key: value.item() for key, value in metrics.items()} | {"grad_norm": norm.item(), SKIPPED: 0.0}
+    summed: dict[str, float] = defaultdict(float)
+    for row in gathered({key: value.item() for key, value in metrics.items()}):
+        for key, value in row.items():
+            summed[key] += value
+    return {**summed, "grad_norm": norm.item(), SKIPPED: 0.0}
 
 
 def _objective(losses: TensorDictBase) -> torch.Tensor:
@@ -191,9 +226,9 @@ def _blame(
     return part
 
 
-def _describe(transition: TensorDictBase | None, prompts: Sequence[str]) -> str:
+def _describe(transition: TensorDictBase | None, prompts: Sequence[str]) -> str | None:
     if transition is None:
-        return "no single transition is to blame"
+        return None
     prompt = int(transition["prompt_id"])
     text = f" {prompts[prompt]!r}" if prompts else ""
     return f"the first transition to blame is step {int(transition['step'])} of prompt {prompt}{text}"

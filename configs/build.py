@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torchrl.modules import ProbabilisticActor
 
@@ -23,6 +21,7 @@ from agents import (
     make_policy,
     trainable_steps,
 )
+from agents.distributed import join, rank_seed, seed_generators
 from agents.metrics import FeatureExtractor
 from agents.policy import denoising_mean
 from diffusion_env import DenoisingEnv, LoRA, StableDiffusionBackbone, embedded_folder, prompt_set
@@ -37,18 +36,21 @@ KL_TRAJECTORIES = 16  # enough for a tenth of the mean, cheap beside the evaluat
 
 def build_backbone(settings: ModelSettings) -> StableDiffusionBackbone:
     """Load the pipeline."""
-    device = settings.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     lora = LoRA(settings.lora_rank, settings.lora_alpha, settings.lora_targets) if settings.lora_rank else None
     return StableDiffusionBackbone.from_pretrained(
         embedded_folder() if settings.name == "embedded" else settings.name,
         dtype=settings.dtype,
-        device=device,
+        device=_device(settings),
         guidance_scale=settings.guidance_scale,
         lora=lora,
         gradient_checkpointing=settings.gradient_checkpointing,
     )
+
+
+def _device(settings: ModelSettings) -> str:
+    if settings.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return settings.device
 
 
 def build_reward(name: RewardName, *, head: str | None, device: torch.device) -> rewards.Reward:
@@ -78,8 +80,12 @@ def build_held_out(
 
 
 def build_experiment(settings: RunSettings, *, keep_model_output: bool = False) -> Experiment:
-    """Everything of a policy-gradient run but the loss; `keep_model_output` is that of `make_policy`."""
-    _seed(settings.seed)
+    """Everything of a policy-gradient run but the loss; `keep_model_output` is that of `make_policy`.
+
+    Under `torchrun` the processes join here; each draws prompts and noise of its own.
+    """
+    join(_device(settings.model))
+    seed_generators(settings.seed)
     prompts: Sequence[str] = prompt_set(settings.sampling.prompts)  # a missing file shows before a model loads
     sampling, training = settings.sampling, settings.training
     backbone = build_backbone(settings.model)
@@ -101,7 +107,7 @@ def build_experiment(settings: RunSettings, *, keep_model_output: bool = False) 
         prompts,
         batch_size=batch_size,
         samples_per_prompt=sampling.samples_per_prompt,
-        seed=settings.seed,
+        seed=rank_seed(settings.seed),
     )
     evaluation_env = DenoisingEnv(backbone, sampling.num_steps, reward, prompts, batch_size=min(45, batch_size), seed=0)
     features = rewards.LiteFeatures(FEATURES).to(backbone.device)
@@ -125,14 +131,8 @@ def build_experiment(settings: RunSettings, *, keep_model_output: bool = False) 
         evaluate_every=settings.evaluate_every,
         checkpoint_every=settings.checkpoint_every,
         watch=settings.watch,
+        profile=settings.profile,
     )
-
-
-def _seed(seed: int) -> None:
-    """The process's generators: PyTorch's makes adapters and noise, the others are for rewards that draw numbers."""
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)
-    random.seed(seed)
 
 
 def build_folder(settings: RunSettings) -> RunFolder:

@@ -62,7 +62,7 @@ class SamplingSettings:
     eta: float = 1.0
     """DDIM's noise, in (0, 1]; 1 is DDPM's posterior."""
     images_per_iteration: int = 64
-    """Images sampled before each round of updates."""
+    """Images sampled before each round of updates, by each process."""
     samples_per_prompt: int = 1
     """How often each drawn prompt is repeated in a batch."""
     batch_size: int | None = None
@@ -120,7 +120,7 @@ class TrainingSettings(Optimisation):
 
     def __post_init__(self) -> None:
         """Refuse impossible numbers."""
-        for name in ("iterations", "updates_per_epoch", "epochs", "micro_batch"):
+        for name in ("iterations", "updates_per_epoch", "epochs", "micro_batch", "compare_processes_every"):
             _require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         for name in ("learning_rate", "clip_range", "max_grad_norm"):
             _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be above 0")
@@ -166,6 +166,8 @@ class RunSettings:
     """Iterations between checkpoints, the newest two of which are kept; there is one after the last in any case."""
     held_out: tuple[HeldOutName, ...] = ("prompt-fidelity",)
     """Rewards that are evaluated and not trained on: what the watch goes by."""
+    profile: bool = False
+    """Leave a trace of the second iteration, trace.json.gz, and a page about where its time went, profile.md."""
     watch: WatchRule = field(default_factory=WatchRule)
     model: ModelSettings = field(default_factory=ModelSettings)
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
@@ -180,6 +182,10 @@ class RunSettings:
         )
         _require(self.evaluate_every >= 1, f"evaluate_every={self.evaluate_every} must be at least 1")
         _require(self.checkpoint_every >= 1, f"checkpoint_every={self.checkpoint_every} must be at least 1")
+        _require(
+            not self.profile or self.training.iterations >= 2,
+            f"profile needs at least 2 iterations, the first of which warms up; iterations={self.training.iterations}",
+        )
         _require(self.evaluation_samples >= 1, f"evaluation_samples={self.evaluation_samples} must be at least 1")
         _require(
             self.reward not in self.held_out,

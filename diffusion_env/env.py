@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
+from torch.profiler import record_function
 from torchrl.data import Binary, Bounded, Composite, Unbounded
 from torchrl.envs import EnvBase
 
@@ -233,12 +234,13 @@ class DenoisingEnv(EnvBase):
                 f"{step.flatten()[0].item()} of {self.num_steps}; step from what the last step returned, or reset"
             )
         prompts = [self.prompts[i] for i in tensordict["prompt_id"].flatten().tolist()]
-        reward, images = self._callables[1], self.decode(latents)
-        if self._background is not None:
-            self._background.submit(reward, images, prompts)
-            return self.reward_spec.zero()
-        values, self.reward_parts = score(reward, images, prompts)
-        return values.to(self.device)[:, None]
+        with record_function("reward"):
+            reward, images = self._callables[1], self.decode(latents)
+            if self._background is not None:
+                self._background.submit(reward, images, prompts)
+                return self.reward_spec.zero()
+            values, self.reward_parts = score(reward, images, prompts)
+            return values.to(self.device)[:, None]
 
     def score_in_background(self) -> Callable[[], Tensor]:
         """From now on a thread scores finished images, while the next episode begins.

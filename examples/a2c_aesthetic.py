@@ -12,12 +12,13 @@ from pathlib import Path
 from torchrl.objectives import A2CLoss
 
 from agents import CriticAdvantage, Evaluation, make_critic, summary
+from agents.distributed import say
 from configs import RunSettings, build_experiment, build_folder, parse_settings, with_experiment
 
 
 def main(settings: RunSettings) -> tuple[Evaluation, Evaluation]:
     """Train and save; the evaluations before and after."""
-    print(f"{settings.reward} on {settings.model.name}, {settings.sampling.prompts} prompts, seed {settings.seed}")
+    say(f"{settings.reward} on {settings.model.name}, {settings.sampling.prompts} prompts, seed {settings.seed}")
     experiment = build_experiment(settings)
     critic = make_critic(experiment.policy)
     loss = A2CLoss(experiment.policy, critic, entropy_bonus=False)
@@ -25,7 +26,7 @@ def main(settings: RunSettings) -> tuple[Evaluation, Evaluation]:
     experiment = replace(experiment, advantage=CriticAdvantage(critic, lmbda=1.0))
     folder = build_folder(settings)
     before, after = experiment.run(loss, folder)
-    print(summary(before, after, folder))
+    say(summary(before, after, folder))
     return before, after
 
 

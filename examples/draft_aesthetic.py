@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from agents import DRaFTLoss, Evaluation, summary
+from agents.distributed import say
 from configs import RunSettings, backpropagating, build_experiment, build_folder, parse_settings, with_experiment
 
 BACKPROP_STEPS = {"embedded": 2, "sd15": 1}  # K; 1 is DRaFT-1
@@ -17,13 +18,13 @@ BACKPROP_STEPS = {"embedded": 2, "sd15": 1}  # K; 1 is DRaFT-1
 
 def main(settings: RunSettings) -> tuple[Evaluation, Evaluation]:
     """Train and save; the evaluations before and after."""
-    print(f"{settings.reward} on {settings.model.name}, {settings.sampling.prompts} prompts, seed {settings.seed}")
+    say(f"{settings.reward} on {settings.model.name}, {settings.sampling.prompts} prompts, seed {settings.seed}")
     experiment = build_experiment(settings)
     loss = DRaFTLoss(experiment.policy, experiment.reward, backprop_steps=BACKPROP_STEPS[settings.preset])
     experiment = replace(experiment, sampler=loss.transition_sampler())
     folder = build_folder(settings)
     before, after = experiment.run(loss, folder)
-    print(summary(before, after, folder))
+    say(summary(before, after, folder))
     return before, after
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from agents import Evaluation, NablaDBLoss, RewardGradient, TransitionSampler, summary, trainable_steps
+from agents.distributed import say
 from agents.scores import Weighting
 from configs import RunSettings, build_experiment, build_folder, parse_settings, with_experiment
 from diffusion_env import CorrectionUNet
@@ -56,7 +57,7 @@ def method_of(settings: RunSettings) -> Method:
 
 def main(settings: RunSettings) -> tuple[Evaluation, Evaluation]:
     """Train and save; the evaluations before and after."""
-    print(f"{settings.reward} on {settings.model.name}, {settings.sampling.prompts} prompts, seed {settings.seed}")
+    say(f"{settings.reward} on {settings.model.name}, {settings.sampling.prompts} prompts, seed {settings.seed}")
     method, training = method_of(settings), settings.training
     experiment = build_experiment(settings, keep_model_output=method.trust_region > 0)
     backbone, policy, last = experiment.backbone, experiment.policy, method.last_step_always
@@ -74,7 +75,7 @@ def main(settings: RunSettings) -> tuple[Evaluation, Evaluation]:
     experiment = replace(experiment, transform=gradient, sampler=sampler)
     folder = build_folder(settings)
     before, after = experiment.run(loss, folder)
-    print(summary(before, after, folder))
+    say(summary(before, after, folder))
     return before, after
 
 

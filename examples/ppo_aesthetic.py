@@ -13,12 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from agents import Evaluation, KLPenalty, OnPolicyRatioCheck, ddpo_is_loss, summary
+from agents.distributed import say
 from configs import RunSettings, build_experiment, build_folder, parse_settings, with_experiment
 
 
 def main(settings: RunSettings) -> tuple[Evaluation, Evaluation]:
     """Train and save; the evaluations before and after."""
-    print(f"{settings.reward} on {settings.model.name}, {settings.sampling.prompts} prompts, seed {settings.seed}")
+    say(f"{settings.reward} on {settings.model.name}, {settings.sampling.prompts} prompts, seed {settings.seed}")
     experiment = build_experiment(settings)
     loss = ddpo_is_loss(experiment.policy, clip_range=settings.training.clip_range)
     if settings.training.kl_penalty:
@@ -26,7 +27,7 @@ def main(settings: RunSettings) -> tuple[Evaluation, Evaluation]:
     check = OnPolicyRatioCheck(experiment.policy, clip_range=settings.training.clip_range)
     folder = build_folder(settings)
     before, after = experiment.run(loss, folder, checks=[check])
-    print(summary(before, after, folder))
+    say(summary(before, after, folder))
     return before, after
 
 

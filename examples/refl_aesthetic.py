@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from agents import Evaluation, ReFLLoss, summary
+from agents.distributed import say
 from configs import RunSettings, backpropagating, build_experiment, build_folder, parse_settings, with_experiment
 
 LATE = 4  # the last quarter of the steps, as in the authors' code
@@ -18,7 +19,7 @@ CEILINGS = {"style-preference": 5.0, "laion-aesthetic": 10.0}  # beyond what tra
 
 def main(settings: RunSettings) -> tuple[Evaluation, Evaluation]:
     """Train and save; the evaluations before and after."""
-    print(f"{settings.reward} on {settings.model.name}, {settings.sampling.prompts} prompts, seed {settings.seed}")
+    say(f"{settings.reward} on {settings.model.name}, {settings.sampling.prompts} prompts, seed {settings.seed}")
     experiment = build_experiment(settings)
     last_steps = max(1, settings.sampling.num_steps // LATE)
     loss = ReFLLoss(
@@ -27,7 +28,7 @@ def main(settings: RunSettings) -> tuple[Evaluation, Evaluation]:
     experiment = replace(experiment, sampler=loss.transition_sampler())
     folder = build_folder(settings)
     before, after = experiment.run(loss, folder)
-    print(summary(before, after, folder))
+    say(summary(before, after, folder))
     return before, after
 
 

@@ -9,17 +9,18 @@ from dataclasses import replace
 from pathlib import Path
 
 from agents import Evaluation, ScoreFunctionLoss, summary
+from agents.distributed import say
 from configs import RunSettings, build_experiment, build_folder, parse_settings, with_experiment
 
 
 def main(settings: RunSettings) -> tuple[Evaluation, Evaluation]:
     """Train and save; the evaluations before and after."""
-    print(f"{settings.reward} on {settings.model.name}, {settings.sampling.prompts} prompts, seed {settings.seed}")
+    say(f"{settings.reward} on {settings.model.name}, {settings.sampling.prompts} prompts, seed {settings.seed}")
     experiment = build_experiment(settings)
     loss = ScoreFunctionLoss(experiment.policy)
     folder = build_folder(settings)
     before, after = experiment.run(loss, folder)
-    print(summary(before, after, folder))
+    say(summary(before, after, folder))
     return before, after
 
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from agents import Evaluation, ExponentialWeights, RWRLoss, summary
+from agents.distributed import say
 from configs import RunSettings, build_experiment, build_folder, parse_settings, with_experiment
 
 INVERSE_TEMPERATURE = {"embedded": 5.0, "sd15": 0.2}  # rewards in kB vary less on small images
@@ -18,14 +19,14 @@ INVERSE_TEMPERATURE = {"embedded": 5.0, "sd15": 0.2}  # rewards in kB vary less 
 
 def main(settings: RunSettings) -> tuple[Evaluation, Evaluation]:
     """Train and save; the evaluations before and after."""
-    print(f"{settings.reward} on {settings.model.name}, {settings.sampling.prompts} prompts, seed {settings.seed}")
+    say(f"{settings.reward} on {settings.model.name}, {settings.sampling.prompts} prompts, seed {settings.seed}")
     experiment = build_experiment(settings)
     loss = RWRLoss(experiment.policy)
     weights = ExponentialWeights(inverse_temperature=INVERSE_TEMPERATURE[settings.preset])
     experiment = replace(experiment, sampler=loss.transition_sampler(), advantage=weights)
     folder = build_folder(settings)
     before, after = experiment.run(loss, folder)
-    print(summary(before, after, folder))
+    say(summary(before, after, folder))
     return before, after
 
 

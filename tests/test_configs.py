@@ -158,6 +158,11 @@ def test_misspelt_or_impossible_settings_leave_with_a_message(arguments, capsys)
         ),
         (lambda: TrainingSettings(timestep_fraction=1.1), "timestep_fraction=1.1"),
         (lambda: TrainingSettings(kl_penalty=-0.1), "kl_penalty=-0.1"),
+        (lambda: TrainingSettings(compare_processes_every=0), "compare_processes_every=0"),
+        (
+            lambda: RunSettings(profile=True, training=TrainingSettings(iterations=1)),
+            "profile needs at least 2 iterations.*iterations=1",
+        ),
         (lambda: TrainingSettings(advantage_min_count=64), "advantage_min_count=64"),
         (lambda: RunSettings(reward="beauty"), "'beauty' must be one of style-preference, prompt-alignment, "),
         (lambda: RunSettings(reward_head="head.pth"), "laion-aesthetic alone, not by style-preference"),

@@ -44,7 +44,7 @@ def test_example_leaves_a_complete_run_folder(name, tmp_path):
     command = [sys.executable, str(ROOT / "examples" / name), *SMALL, "--output", str(output)]
     command += ["--sampling.prompts", str(prompts)]
     if name == "ppo_aesthetic.py":
-        command += ["--training.clip-range", "0.01", "--training.kl-penalty", "0.1"]
+        command += ["--training.clip-range", "0.01", "--training.kl-penalty", "0.1", "--profile"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert RUNS[name] in done.stdout
@@ -68,6 +68,12 @@ def test_example_leaves_a_complete_run_folder(name, tmp_path):
     if name == "ppo_aesthetic.py":
         assert float(rows[0]["loss_kl"]) == pytest.approx(0.1 * float(rows[0]["kl_reference"]), rel=1e-5)
         assert float(rows[1]["kl_reference"]) > 0
+        shares = re.findall(
+            r"^\| ([a-z ]+) \| [\d.]+ \| ([\d.]+)% \|", (output / "profile.md").read_text(), re.MULTILINE
+        )
+        assert all(float(share) > 1 for _, share in shares)
+        assert [name for name, _ in shares][:4] == ["sampling", "decoding and reward", "training", "evaluation"]
+        assert (output / "trace.json.gz").exists()
     with (output / "evaluations.csv").open() as file:
         evaluations = list(csv.DictReader(file))
     assert [row["iteration"] for row in evaluations] == ["0", "1", "2"]

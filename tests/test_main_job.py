@@ -7,11 +7,15 @@ from dataclasses import replace
 from importlib import import_module
 
 import pytest
+import torch
 
+from agents import make_policy, share_latents
 from benchmarks import methods
 from benchmarks.main_job import RESULTS, append, measure
+from benchmarks.memory import kept_bytes, peak
 from benchmarks.methods import pending
 from configs import RunSettings
+from diffusion_env import DenoisingEnv
 from tests.test_examples import RUNS as RUNS_OF_EXAMPLES
 
 RUNS = [("style-preference", 0), ("style-preference", 1), ("style-preference", 2), ("jpeg-compressibility", 0)]
@@ -46,3 +50,20 @@ def test_reward_rises_by_two_standard_deviations_and_animals_stay(reward, seed, 
         assert row["judge_after"] >= row["judge_before"] * 2 / 3
     else:
         assert row["gain_in_std"] > 0.3
+
+
+def test_a_stored_trajectory_is_its_latents_and_34_bytes_a_step(backbone):
+    """step, prompt_id, group_id: int64; log-probability and reward: float32; done, terminated: bool."""
+    policy = make_policy(backbone, backbone.sampler(3), backbone.conditioning(["a cat"]))
+    env = DenoisingEnv(backbone, 3, lambda images, _: images.mean((1, 2, 3)), ["a cat"], batch_size=5, seed=0)
+    with torch.no_grad():
+        rollout = env.rollout(3, policy)
+    assert kept_bytes(share_latents(rollout)) == 5 * (4 * (4 * 8 * 8) * 4 + 34 * 3)
+    assert kept_bytes(rollout) > 2 * kept_bytes(share_latents(rollout))
+
+
+def test_a_peak_is_what_was_held_at_once_and_given_back():
+    size = 200 * 2**20
+    # The system counts resident pages a processor at a time and adds them up later.
+    assert 0.98 * size < peak(lambda: torch.ones(size // 4).sum()) < 1.2 * size
+    assert peak(lambda: None) < 0.1 * size

@@ -1,0 +1,59 @@
+"""Several processes must train one model: their weights are compared as the run goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from hashlib import blake2b
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .distributed import gathered
+
+
+class UnequalWeightsError(RuntimeError):
+    """The processes train different models."""
+
+
+class Weights(Protocol):
+    """What is compared: anything whose state is tensors by name."""
+
+    def state_dict(self) -> Mapping[str, Tensor]:
+        """The tensors."""
+        ...
+
+
+class EqualWeights:
+    """For `optimizer.register_step_post_hook`: `check_equal` after every `every`-th update."""
+
+    def __init__(self, weights: Weights, every: int) -> None:
+        """Compare the state of `weights`."""
+        self._weights, self._every, self._updates = weights, every, 0
+
+    def __call__(self, *_: object) -> None:
+        """Count an update."""
+        self._updates += 1
+        if self._updates % self._every == 0:
+            check_equal(self._weights.state_dict())
+
+
+def check_equal(weights: Mapping[str, Tensor]) -> None:
+    """Compare hashes of `weights` over all processes.
+
+    Raises:
+        UnequalWeightsError: they differ.
+    """
+    hashes = gathered({name: _hash(weight) for name, weight in weights.items()})
+    for other, theirs in enumerate(hashes):
+        if different := [name for name, value in hashes[0].items() if theirs.get(name) != value]:
+            raise UnequalWeightsError(
+                f"{len(different)} of {len(hashes[0])} tensors differ between processes 0 and {other}, {different[0]} "
+                "for one: they no longer train the same model. Something changes it outside the optimiser, or by the "
+                "data of one process alone (as KLPENPPOLoss adapts its beta): that needs a single process"
+            )
+
+
+def _hash(tensor: Tensor) -> bytes:
+    content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return blake2b(content.numpy().data, digest_size=16).digest()
