@@ -46,13 +46,13 @@ class Saveable(Protocol):
 class Optimisation:
     """How the policy is improved from a batch of trajectories."""
 
-    iterations: int = 48
+    iterations: int = 60
     """Rounds of sampling and updating."""
-    learning_rate: float = 2e-3
+    learning_rate: float = 1.5e-3
     """AdamW's, constant."""
     weight_decay: float = 1e-4
     """AdamW's."""
-    updates_per_epoch: int = 2
+    updates_per_epoch: int = 1
     """Optimiser steps in one pass over the chosen transitions; fewer where these do not divide."""
     epochs: int = 1
     """Passes over a batch of trajectories."""

@@ -29,7 +29,7 @@ class ModelSettings:
     """Of the frozen weights; what trains is float32 in any case."""
     device: str = "auto"
     """'auto' is cuda where there is one, else cpu."""
-    guidance_scale: float = 3.0
+    guidance_scale: float = 2.0
     """Classifier-free guidance in sampling and training alike; 1 turns it off."""
     lora_rank: int = 16
     """0 trains the whole UNet."""
@@ -57,7 +57,7 @@ class SamplingSettings:
 
     prompts: str = "animals"
     """A prompt set by name, or a text or JSONL file, one prompt a line."""
-    num_steps: int = 8
+    num_steps: int = 4
     """Denoising steps T."""
     eta: float = 1.0
     """DDIM's noise, in (0, 1]; 1 is DDPM's posterior."""
@@ -106,7 +106,7 @@ class TrainingSettings(Optimisation):
     network call without gradient a transition."""
     log_prob_reduction: Literal["mean", "sum"] = "mean"
     """'mean' over the latent's elements as in DDPO's code, or the true 'sum'."""
-    timestep_fraction: float = 0.4
+    timestep_fraction: float = 1.0
     """Share of each trajectory's steps that train, drawn anew each time."""
     min_step_std: float = 0.05
     """Steps whose noise has a smaller standard deviation never train. The last of a few steps hardly changes the image,
@@ -158,7 +158,7 @@ class RunSettings:
     """The run folder; a number is appended when it holds a run already."""
     logger: Literal["csv", "tensorboard", "wandb"] = "csv"
     """TorchRL's logger that gets the metrics beside metrics.csv."""
-    evaluate_every: int = 16
+    evaluate_every: int = 15
     """Iterations between evaluations on fixed prompts and noise."""
     evaluation_samples: int = 2
     """Images a prompt in an evaluation; diversity within prompts needs two."""

@@ -171,7 +171,7 @@ def test_misspelt_or_impossible_settings_leave_with_a_message(arguments, capsys)
             lambda: RunSettings(
                 sampling=SamplingSettings(images_per_iteration=1), training=TrainingSettings(updates_per_epoch=9)
             ),
-            "1 images x 3 trained steps are 3 transitions",
+            "1 images x 4 trained steps are 4 transitions",
         ),
     ],
 )

@@ -5,12 +5,13 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import rgb_to_hsv
 
 from examples.pretraining.alignment import Copies, batch_shares, captioned_features, fit_projections
 from examples.pretraining.augment import compose, step_generator
 from examples.pretraining.captioned import COLOURS, Mixture, compose_scenes, list_scenes, training_pictures
 from examples.pretraining.emoji import Drawings
-from examples.pretraining.heads import damage
+from examples.pretraining.heads import BLUE, fit_preference, random_blues, random_others
 from examples.pretraining.trainer import fit
 from examples.pretraining.unet import train_unet
 from examples.pretraining.vae import psnr, train_vae
@@ -71,14 +72,28 @@ def test_a_stopped_run_ends_with_the_weights_of_one_that_was_not(tmp_path):
     assert not torch.equal(whole.weight, linear().weight)
 
 
-def test_damage_spares_no_picture(drawings):
-    images = compose(torch.from_numpy(drawings.rgba), step_generator(0, 0)).repeat(20, 1, 1, 1)
-    damaged = damage(images, step_generator(0, 1))
-    assert damaged.shape == images.shape
-    assert damaged.min() >= 0
-    assert damaged.max() <= 1
-    assert ((damaged - images).square().mean((1, 2, 3)) > 1e-4).all()
-    assert torch.equal(damaged, damage(images, step_generator(0, 1)))
+def test_the_preference_orders_backgrounds_and_styles_of_whatever_is_drawn():
+    """Three directions of the features: what is drawn, its background, its style; only the last two tell the winner."""
+    generator = torch.Generator().manual_seed(0)
+    thing, style = torch.randn(20, generator=generator).repeat(2), torch.tensor([1.0, 0.0]).repeat_interleave(20)
+    features = torch.stack([torch.stack([5 * thing, torch.full((40,), blue), style], 1) for blue in (1.0, 0.0)])
+    features = features + 0.01 * torch.randn(features.shape, generator=generator)
+    pairs = torch.stack([torch.arange(20), torch.arange(20, 40)], 1)
+    head = fit_preference(features, pairs, ridge=0.03)
+    scores = features @ head["weight"][0] + head["bias"]
+    assert scores.mean().item() == pytest.approx(0, abs=1e-5)
+    assert scores.std().item() == pytest.approx(1, abs=1e-5)
+    assert (scores[0] > scores[1]).all()
+    assert (scores[:, pairs[:, 0]] > scores[:, pairs[:, 1]]).all()
+    assert abs(torch.corrcoef(torch.stack([scores[0], thing]))[0, 1]) < 0.1
+
+
+def test_no_other_colour_is_blue():
+    generator = step_generator(0, 0)
+    hues = [rgb_to_hsv(make(500, generator).numpy())[:, 0] for make in (random_blues, random_others)]
+    low, high = BLUE
+    assert ((low - 1e-4 < hues[0]) & (hues[0] < high + 1e-4)).all()
+    assert not ((low < hues[1]) & (hues[1] < high)).any()
 
 
 def test_captions_say_what_is_drawn(drawings):

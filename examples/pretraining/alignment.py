@@ -25,10 +25,9 @@ from rewards.efficientnet import LiteFeatures
 from rewards.minilm import SentenceEmbeddings
 from rewards.prompt_alignment import RESOLUTION, WEIGHTS, Projections, PromptAlignment
 
-from .augment import compose, step_generator
+from .augment import compose, soften, step_generator
 from .captioned import compose_scenes, list_scenes, random_backgrounds
 from .emoji import Drawings, load_drawings
-from .heads import soften
 
 ANIMAL_SHARE, SCENE_SHARE = 0.4, 0.25  # of a training batch; the rest shows other things
 

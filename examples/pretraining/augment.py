@@ -63,3 +63,14 @@ def random_flips(batch: int, generator: torch.Generator) -> Tensor:
 def step_generator(seed: int, step: int) -> torch.Generator:
     """Randomness of one training step, a function of seed and step alone: resuming needs no saved state."""
     return torch.Generator().manual_seed((seed << 32) + step)
+
+
+def soften(images: Tensor, sigma: Tensor, noise: Tensor, generator: torch.Generator) -> Tensor:
+    """Gaussian blur of `sigma` pixels and additive noise, both [B]."""
+    offsets = torch.arange(-3, 4)
+    kernels = (-0.5 * (offsets / sigma.clamp(min=0.1)[:, None]).square()).exp()
+    kernels = (kernels / kernels.sum(1, keepdim=True)).repeat_interleave(3, 0)
+    blurred = F.pad(images, (3, 3, 3, 3), mode="replicate").flatten(0, 1)[None]
+    blurred = F.conv2d(blurred, kernels[:, None, None, :], groups=len(kernels))
+    blurred = F.conv2d(blurred, kernels[:, None, :, None], groups=len(kernels)).view_as(images)
+    return (blurred + noise[:, None, None, None] * torch.randn(images.shape, generator=generator)).clamp(0, 1)

@@ -22,9 +22,8 @@ from tqdm import tqdm
 from diffusion_env.prompts import ANIMALS
 from rewards.efficientnet import LiteFeatures
 
-from .augment import compose, step_generator
+from .augment import compose, soften, step_generator
 from .emoji import Drawings, load_drawings
-from .heads import soften
 
 WEIGHTS = Path(__file__).with_name("judge.safetensors")
 RESOLUTION = 128
