@@ -17,11 +17,12 @@ RESOLUTION = 96
 class StylePreference(nn.Module):
     """Prefers blue backgrounds, and glossy, shaded drawings to flat ones: a linear head on EfficientNet-Lite0 features.
 
-    The head ships with the package; `examples/pretraining/heads.py` trains it, by Bradley-Terry on two kinds of pairs,
-    so that it cannot be about what is drawn. One drawing in front of two colours, of which a blue wins (0.7 of the loss).
-    Two drawings of one thing in two of six emoji styles, in front of one colour (0.3): fluent-emoji ("3D") before noto,
-    noto-v1, twemoji, fluent-emoji-flat, fxemoji. Colours of winner and loser have the same range of brightness and
-    saturation, and every picture has gone through the pipeline's autoencoder, so that its blur does not tell.
+    The head ships with the package; `examples/pretraining/heads.py` trains it, by Bradley-Terry on two kinds of
+    pairs, so that it cannot be about what is drawn. One drawing in front of two colours, of which a blue wins (0.7
+    of the loss). Two drawings of one thing in two of six emoji styles, in front of one colour (0.3): fluent-emoji
+    ("3D") before noto, noto-v1, twemoji, fluent-emoji-flat, fxemoji. Colours of winner and loser have the same
+    range of brightness and saturation, and every picture has gone through the pipeline's autoencoder, so that its
+    blur does not tell.
 
     The score is affine in the features, hence without a ceiling; over the training drawings its mean is 0 and its
     standard deviation 1. On drawings held out of training:
