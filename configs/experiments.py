@@ -19,7 +19,7 @@ def with_experiment(preset: RunSettings, name: ExperimentName) -> RunSettings:
 
 
 def aesthetic(preset: RunSettings) -> RunSettings:
-    """The presets' own: 45 animals; LAION's predictor, or the embedded pipeline's taste for blue backgrounds and shading."""
+    """The presets' own: 45 animals; LAION's predictor, or the embedded pipeline's taste in backgrounds and styles."""
     return preset
 
 
