@@ -181,7 +181,7 @@ def test_time_that_is_over_stops_a_run():
         assert limit.over  # and no run is there to be told
         with StopRequest() as stop:
             time.sleep(1.1)
-        assert stop.received == signal.SIGTERM
+        assert stop.received() == signal.SIGTERM
     assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
     with TimeLimit(None) as limit:
         assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
