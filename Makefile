@@ -33,8 +33,9 @@ lint: install
 	@$(BIN)/python -m ruff format --check --quiet
 	@$(BIN)/python -m mypy
 
+# Files are dealt out over processes, each with one thread (tests/conftest.py).
 test: lint
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 test-long: install
 	@$(BIN)/python -m pytest -m long

@@ -67,6 +67,7 @@ def backpropagating(preset: RunSettings, output: Path) -> RunSettings:
         updates_per_epoch=1,
         epochs=1,
         micro_batch=min(16, preset.training.micro_batch),
+        kl_penalty=0.0,
         recompute_log_prob=False,
     )
     return replace(preset, output=output, training=training)
@@ -81,6 +82,7 @@ def parse_settings(
     *,
     adapt: Callable[[RunSettings], RunSettings] = lambda preset: preset,
     needs_gradient: bool = False,
+    unused: Sequence[str] = (),
 ) -> RunSettings:
     """Settings from the command line over those of `--preset` and `--experiment`; leaves with a message if impossible.
 
@@ -89,6 +91,7 @@ def parse_settings(
         arguments: instead of `sys.argv[1:]`.
         adapt: changes preset and experiment to what this program needs.
         needs_gradient: the program differentiates the reward; one without a gradient is refused.
+        unused: training settings that mean nothing to the program's method; other values of them are refused.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -104,6 +107,7 @@ def parse_settings(
             settings = tyro.cli(RunSettings, default=default, args=arguments, description=description)
         if needs_gradient:
             _require_gradient(settings)
+        _refuse_unused(settings.training, adapt(PRESETS[settings.preset]()).training, unused)
     except (OSError, ValueError) as error:
         chooser.error(str(error))
     return settings
@@ -129,6 +133,16 @@ def _require_gradient(settings: RunSettings) -> None:
             f"reward={settings.reward} has no gradient, and this method learns from nothing else; take one of {able}, "
             "or a method that needs none, such as examples/ppo_aesthetic.py"
         )
+
+
+def _refuse_unused(training: TrainingSettings, own: TrainingSettings, names: Sequence[str]) -> None:
+    for name in names:
+        value, expected = getattr(training, name), getattr(own, name)
+        if value != expected:
+            raise ValueError(
+                f"training.{name}={value} would change nothing: this program's method has no such term; leave it at "
+                f"{expected}, or take a method that has it, such as examples/ppo_aesthetic.py"
+            )
 
 
 def _resumed(run: Path, others: Sequence[str]) -> RunSettings:

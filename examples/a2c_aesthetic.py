@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torchrl.objectives import A2CLoss
 
-from agents import CriticAdvantage, Evaluation, make_critic, summary
+from agents import CriticAdvantage, Evaluation, KLPenalty, make_critic, summary
 from agents.distributed import say
 from configs import RunSettings, build_experiment, build_folder, parse_settings, with_experiment
 
@@ -22,6 +22,8 @@ def main(settings: RunSettings) -> tuple[Evaluation, Evaluation]:
     experiment = build_experiment(settings)
     critic = make_critic(experiment.policy)
     loss = A2CLoss(experiment.policy, critic, entropy_bonus=False)
+    if settings.training.kl_penalty:
+        loss = KLPenalty(loss, experiment.policy, coefficient=settings.training.kl_penalty)
     # The reward at the end rather than the next value: the critic starts at 0, far from any reward.
     experiment = replace(experiment, advantage=CriticAdvantage(critic, lmbda=1.0))
     folder = build_folder(settings)
@@ -38,4 +40,4 @@ def adapt(preset: RunSettings) -> RunSettings:
 
 
 if __name__ == "__main__":
-    main(parse_settings(__doc__, adapt=adapt))
+    main(parse_settings(__doc__, adapt=adapt, unused=("clip_range",)))

@@ -44,4 +44,4 @@ def adapt(preset: RunSettings) -> RunSettings:
 
 
 if __name__ == "__main__":
-    main(parse_settings(__doc__, adapt=adapt, needs_gradient=True))
+    main(parse_settings(__doc__, adapt=adapt, needs_gradient=True, unused=("clip_range", "kl_penalty")))

@@ -8,7 +8,7 @@ What differs from `ppo_aesthetic.py` is the constructor of the loss; being on-po
 from dataclasses import replace
 from pathlib import Path
 
-from agents import Evaluation, ScoreFunctionLoss, summary
+from agents import Evaluation, KLPenalty, ScoreFunctionLoss, summary
 from agents.distributed import say
 from configs import RunSettings, build_experiment, build_folder, parse_settings, with_experiment
 
@@ -18,6 +18,8 @@ def main(settings: RunSettings) -> tuple[Evaluation, Evaluation]:
     say(f"{settings.reward} on {settings.model.name}, {settings.sampling.prompts} prompts, seed {settings.seed}")
     experiment = build_experiment(settings)
     loss = ScoreFunctionLoss(experiment.policy)
+    if settings.training.kl_penalty:
+        loss = KLPenalty(loss, experiment.policy, coefficient=settings.training.kl_penalty)
     folder = build_folder(settings)
     before, after = experiment.run(loss, folder)
     say(summary(before, after, folder))
@@ -32,4 +34,4 @@ def adapt(preset: RunSettings) -> RunSettings:
 
 
 if __name__ == "__main__":
-    main(parse_settings(__doc__, adapt=adapt))
+    main(parse_settings(__doc__, adapt=adapt, unused=("clip_range",)))

@@ -1,6 +1,11 @@
 """What many tests share: a Stable Diffusion pipeline of the true classes with a few thousand random weights."""
 
+import os
 from pathlib import Path
+
+# Before torch is loaded, and inherited by the programs that tests start: tests run beside one another, and sums that
+# threads divide round differently from machine to machine.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import diffusers.utils.logging
 import pytest

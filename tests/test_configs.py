@@ -2,11 +2,13 @@
 
 from dataclasses import asdict, fields, is_dataclass
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
 
 from agents import TransitionSampler, WatchRule
+from benchmarks.methods import METHODS
 from configs import (
     PRESETS,
     ModelSettings,
@@ -16,7 +18,10 @@ from configs import (
     build_reward,
     parse_settings,
 )
+from examples import draft_aesthetic
 from rewards import REWARDS
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -143,6 +148,25 @@ def test_misspelt_or_impossible_settings_leave_with_a_message(arguments, capsys)
         parse_settings("", arguments)
     assert stopped.value.code != 0
     assert len(capsys.readouterr().err) > 50
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_setting_is_used_by_the_method_or_refused(name):
+    program = (ROOT / "examples" / f"{name}.py").read_text()
+    for setting in ("clip_range", "kl_penalty"):
+        assert (f"training.{setting}" in program) != (f'"{setting}"' in program), setting
+
+
+@pytest.mark.parametrize("source", ["option", "file"])
+def test_a_setting_that_would_change_nothing_is_refused(source, tmp_path, capsys):
+    arguments = ["--training.kl-penalty", "0.3"]
+    if source == "file":
+        (tmp_path / "config.json").write_text('{"training": {"kl_penalty": 0.3}}')
+        arguments = ["--config", str(tmp_path / "config.json")]
+    with pytest.raises(SystemExit):
+        parse_settings("", arguments, adapt=draft_aesthetic.adapt, unused=("kl_penalty",))
+    assert "training.kl_penalty=0.3 would change nothing" in capsys.readouterr().err
+    assert parse_settings("", [], adapt=draft_aesthetic.adapt, unused=("kl_penalty",)).training.kl_penalty == 0
 
 
 @pytest.mark.parametrize(

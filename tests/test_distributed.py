@@ -22,12 +22,7 @@ ITERATIONS = 6
 
 @pytest.fixture(scope="module")
 def single(tiny_folder):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # torchrun's choice for its processes; another division of sums rounds differently
-    try:
-        return ranks.run(tiny_folder)
-    finally:
-        torch.set_num_threads(threads)
+    return ranks.run(tiny_folder)
 
 
 @pytest.fixture(scope="module")
