@@ -46,9 +46,9 @@ class Saveable(Protocol):
 class Optimisation:
     """How the policy is improved from a batch of trajectories."""
 
-    iterations: int = 60
+    iterations: int = 80
     """Rounds of sampling and updating."""
-    learning_rate: float = 1.5e-3
+    learning_rate: float = 5e-4
     """AdamW's, constant."""
     weight_decay: float = 1e-4
     """AdamW's."""

@@ -111,19 +111,18 @@ class TransitionSampler(SamplerWithoutReplacement):
         return self._steps[bins.gather(2, pick).squeeze(2)]
 
 
-def trainable_steps(sampler: DDIMSampler, min_std: float = 0.0) -> list[int]:
-    """Indices of the decisions with a density whose standard deviation is at least `min_std`.
+def trainable_steps(sampler: DDIMSampler, min_noise: float = 0.0) -> list[int]:
+    """Indices of the decisions with a density whose standard deviation is at least `min_noise` of the largest one's.
 
     Raises:
-        ValueError: none is left.
+        ValueError: no step has a density, or `min_noise` is outside [0, 1].
     """
-    steps = [i for i, std in enumerate(sampler.std.tolist()) if std > 0 and std >= min_std]
-    if not steps:
-        raise ValueError(
-            f"no step of this schedule has a standard deviation above 0 and of at least {min_std}; the largest is "
-            f"{sampler.std.max().item():.3g}. Lower min_step_std, or raise eta"
-        )
-    return steps
+    if not 0 <= min_noise <= 1:
+        raise ValueError(f"min_noise={min_noise} must lie in [0, 1]: it is a share of the noisiest step's deviation")
+    stds = sampler.std.tolist()
+    if not max(stds) > 0:
+        raise ValueError("every step of this sampler is deterministic and has no density to train; raise eta")
+    return [step for step, std in enumerate(stds) if std > 0 and std >= min_noise * max(stds)]
 
 
 def make_collector(env: DenoisingEnv, policy: ProbabilisticActor, *, iterations: int, episodes: int = 1) -> Collector:

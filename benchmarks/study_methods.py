@@ -119,7 +119,7 @@ class Method:
     def cost(self, settings: RunSettings, sampler: DDIMSampler) -> Cost:
         """Of one iteration with these settings; the sampler's schedule says which steps train."""
         training, images, steps = settings.training, settings.sampling.images_per_iteration, sampler.num_steps
-        trained = trainable_steps(sampler, training.min_step_std)
+        trained = trainable_steps(sampler, training.min_noise)
         drawn = TransitionSampler(trained, training.timestep_fraction).steps_per_trajectory
         branches, epochs = 2 if settings.model.guidance_scale > 1 else 1, training.epochs
         work = self.work(Size(images, steps, drawn, trained))

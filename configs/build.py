@@ -99,7 +99,7 @@ def build_experiment(settings: RunSettings, *, keep_model_output: bool = False) 
         log_prob_reduction=training.log_prob_reduction,
         keep_model_output=keep_model_output,
     )
-    steps = trainable_steps(sampler, training.min_step_std)
+    steps = trainable_steps(sampler, training.min_noise)
     env = DenoisingEnv(
         backbone,
         sampling.num_steps,

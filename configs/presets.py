@@ -47,7 +47,7 @@ def sd15() -> RunSettings:
             learning_rate=3e-4,
             clip_range=1e-4,
             timestep_fraction=1.0,
-            min_step_std=0.0,
+            min_noise=0.0,
             updates_per_epoch=2,
             micro_batch=4,
             advantage_min_count=16,
@@ -63,7 +63,6 @@ def backpropagating(preset: RunSettings, output: Path) -> RunSettings:
     """
     training = replace(
         preset.training,
-        learning_rate=preset.training.learning_rate / 2,  # at PPO's, images break within ten iterations
         updates_per_epoch=1,
         epochs=1,
         micro_batch=min(16, preset.training.micro_batch),

@@ -108,9 +108,10 @@ class TrainingSettings(Optimisation):
     """'mean' over the latent's elements as in DDPO's code, or the true 'sum'."""
     timestep_fraction: float = 1.0
     """Share of each trajectory's steps that train, drawn anew each time."""
-    min_step_std: float = 0.05
-    """Steps whose noise has a smaller standard deviation never train. The last of a few steps hardly changes the image,
-    yet the noise of its gradient, which grows as 1 / std, drowns the others'."""
+    min_noise: float = 0.9
+    """Steps train whose noise has at least this share of the noisiest step's standard deviation; here only the first of
+    four, which decides the background. The noise of a step's gradient grows as 1 / std: that of the next two steps is
+    two and four times as large, and in 640 images their gradients hold no signal that two halves would share."""
     advantage_buffer: int = 32
     """Rewards remembered a prompt."""
     advantage_min_count: int = 8
@@ -126,7 +127,7 @@ class TrainingSettings(Optimisation):
             _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be above 0")
         _require(self.max_skipped_updates >= 0, f"max_skipped_updates={self.max_skipped_updates} must be at least 0")
         _require(self.kl_penalty >= 0, f"kl_penalty={self.kl_penalty} must be at least 0 (0 = none)")
-        _require(self.min_step_std >= 0, f"min_step_std={self.min_step_std} must be at least 0")
+        _require(0 <= self.min_noise <= 1, f"min_noise={self.min_noise} must lie in [0, 1]")
         _require(0 < self.timestep_fraction <= 1, f"timestep_fraction={self.timestep_fraction} must lie in (0, 1]")
         _require(
             1 <= self.advantage_min_count <= self.advantage_buffer,
@@ -158,7 +159,7 @@ class RunSettings:
     """The run folder; a number is appended when it holds a run already."""
     logger: Literal["csv", "tensorboard", "wandb"] = "csv"
     """TorchRL's logger that gets the metrics beside metrics.csv."""
-    evaluate_every: int = 15
+    evaluate_every: int = 20
     """Iterations between evaluations on fixed prompts and noise."""
     evaluation_samples: int = 2
     """Images a prompt in an evaluation; diversity within prompts needs two."""

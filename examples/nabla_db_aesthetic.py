@@ -61,7 +61,7 @@ def main(settings: RunSettings) -> tuple[Evaluation, Evaluation]:
     method, training = method_of(settings), settings.training
     experiment = build_experiment(settings, keep_model_output=method.trust_region > 0)
     backbone, policy, last = experiment.backbone, experiment.policy, method.last_step_always
-    steps = trainable_steps(backbone.sampler(settings.sampling.num_steps, settings.sampling.eta), training.min_step_std)
+    steps = trainable_steps(backbone.sampler(settings.sampling.num_steps, settings.sampling.eta), training.min_noise)
     sampler = TransitionSampler(steps, training.timestep_fraction, stratified=last, always_last=last)
     loss = NablaDBLoss(
         policy,
@@ -92,7 +92,8 @@ def adapt(preset: RunSettings) -> RunSettings:
             # Six of fifty steps.
             training=replace(training, iterations=100, learning_rate=1e-3, timestep_fraction=0.12),
         )
-    return replace(preset, training=replace(training, updates_per_epoch=1))
+    # Its residuals do not change with the sampling noise: later steps tell as much. The last hardly has a density.
+    return replace(preset, training=replace(training, updates_per_epoch=1, min_noise=0.05))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from examples.pretraining.alignment import Copies, batch_shares, captioned_featu
 from examples.pretraining.augment import compose, step_generator
 from examples.pretraining.captioned import COLOURS, Mixture, compose_scenes, list_scenes, training_pictures
 from examples.pretraining.emoji import Drawings
-from examples.pretraining.heads import BLUE, fit_preference, random_blues, random_others
+from examples.pretraining.heads import PINK, fit_preference, random_others, random_pinks
 from examples.pretraining.trainer import fit
 from examples.pretraining.unet import train_unet
 from examples.pretraining.vae import psnr, train_vae
@@ -76,7 +76,7 @@ def test_the_preference_orders_backgrounds_and_styles_of_whatever_is_drawn():
     """Three directions of the features: what is drawn, its background, its style; only the last two tell the winner."""
     generator = torch.Generator().manual_seed(0)
     thing, style = torch.randn(20, generator=generator).repeat(2), torch.tensor([1.0, 0.0]).repeat_interleave(20)
-    features = torch.stack([torch.stack([5 * thing, torch.full((40,), blue), style], 1) for blue in (1.0, 0.0)])
+    features = torch.stack([torch.stack([5 * thing, torch.full((40,), pink), style], 1) for pink in (1.0, 0.0)])
     features = features + 0.01 * torch.randn(features.shape, generator=generator)
     pairs = torch.stack([torch.arange(20), torch.arange(20, 40)], 1)
     head = fit_preference(features, pairs, ridge=0.03)
@@ -88,10 +88,10 @@ def test_the_preference_orders_backgrounds_and_styles_of_whatever_is_drawn():
     assert abs(torch.corrcoef(torch.stack([scores[0], thing]))[0, 1]) < 0.1
 
 
-def test_no_other_colour_is_blue():
+def test_no_other_colour_is_pink():
     generator = step_generator(0, 0)
-    hues = [rgb_to_hsv(make(500, generator).numpy())[:, 0] for make in (random_blues, random_others)]
-    low, high = BLUE
+    hues = [rgb_to_hsv(make(500, generator).numpy())[:, 0] for make in (random_pinks, random_others)]
+    low, high = PINK
     assert ((low - 1e-4 < hues[0]) & (hues[0] < high + 1e-4)).all()
     assert not ((low < hues[1]) & (hues[1] < high)).any()
 

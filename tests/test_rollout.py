@@ -187,10 +187,11 @@ def test_trainable_steps_are_those_with_a_density_and_enough_noise():
     scheduler = DDIMScheduler.from_config(STABLE_DIFFUSION | {"steps_offset": 1})
     scheduler.set_timesteps(8)
     variances = [scheduler._get_variance(t, t - 125).item() for t in scheduler.timesteps.tolist()]
-    expected = [i for i, variance in enumerate(variances) if variance >= 0.05**2]
-    assert len(expected) < 8
-    assert trainable_steps(leading, 0.05) == expected
-    with pytest.raises(ValueError, match="Lower min_step_std"):
+    expected = [i for i, variance in enumerate(variances) if variance >= 0.2**2 * max(variances)]
+    assert 1 < len(expected) < 8
+    assert trainable_steps(leading, 0.2) == expected
+    assert trainable_steps(leading, 1.0) == [variances.index(max(variances))]
+    with pytest.raises(ValueError, match="min_noise=5.0 must lie in"):
         trainable_steps(leading, 5.0)
 
 

@@ -71,10 +71,10 @@ class Counted(nn.Module):
 
 @pytest.mark.parametrize(("name", "minimum"), [*((name, 0.1) for name in METHODS), ("nabla-db-backward", 0.0)])
 def test_costs_are_what_counters_see(name, minimum, backbone, small):
-    """`minimum` is of the steps' standard deviations; at 0 the last step trains too."""
+    """`minimum` is of the noisiest step's standard deviation; at 0 the last step trains too."""
     own = method_settings(METHODS[name], small.base(0), learning_rate=1e-4, output=small.runs)
     fraction = 0.5 if minimum else 1.0
-    own = replace(own, training=replace(own.training, timestep_fraction=fraction, min_step_std=minimum))
+    own = replace(own, training=replace(own.training, timestep_fraction=fraction, min_noise=minimum))
     sampler, reward = backbone.sampler(small.num_steps), Counted()
     policy = make_policy(backbone, sampler, backbone.conditioning(PROMPTS))
     env = DenoisingEnv(backbone, small.num_steps, reward, PROMPTS, batch_size=6, seed=0)

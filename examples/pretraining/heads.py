@@ -1,9 +1,9 @@
-"""The head of the `StylePreference` reward: the more richly shaded of two drawings, the one in front of blue.
+"""The head of the `StylePreference` reward: the more richly shaded of two drawings, the one in front of pink.
 
     python -m examples.pretraining.heads
 
 About three minutes on two cores. Bradley-Terry on pairs of two kinds: one drawing in front of two colours, of which a
-blue wins, and two drawings of one thing in different art styles in front of one colour. Colours of either side are
+pink wins, and two drawings of one thing in different art styles in front of one colour. Colours of either side are
 drawn over the same range of brightness and saturation. Every picture has gone through the embedded pipeline's
 autoencoder, whose blur would otherwise pass for shading.
 """
@@ -32,13 +32,13 @@ from .emoji import Drawings, load_drawings
 
 # Best first.
 RANKING = ("fluent-emoji", "noto", "noto-v1", "twemoji", "fluent-emoji-flat", "fxemoji")
-BLUE = (200 / 360, 240 / 360)  # hues
-BACKGROUND_SHARE = 0.7  # of the loss
+PINK = (320 / 360, 345 / 360)  # hues
+BACKGROUND_SHARE = 0.85  # of the loss
 
 
 @dataclass(frozen=True)
 class Views:
-    """Each of N drawings twice, alike but for the background: first in front of a blue, then of another colour."""
+    """Each of N drawings twice, alike but for the background: first in front of a pink, then of another colour."""
 
     features: Tensor  # [2, N, 1280]
     brightness: Tensor  # [2, N]
@@ -113,7 +113,7 @@ def evaluate_style_preference(drawings: Drawings, reward: StylePreference, *, se
         return (scores[:, pairs[:, 0]] > scores[:, pairs[:, 1]]).float().mean().item()
 
     result = {
-        "blue before another colour": (scores[0] > scores[1])[new].float().mean().item(),
+        "pink before another colour": (scores[0] > scores[1])[new].float().mean().item(),
         "the same, emojione": (scores[0] > scores[1])[unseen].float().mean().item(),
         "pairs of seen styles": share_won(RANKING),
         "fluent-emoji over fluent-emoji-flat": share_won(("fluent-emoji", "fluent-emoji-flat")),
@@ -136,7 +136,7 @@ def ranked_pairs(drawings: Drawings, ranking: tuple[str, ...] = RANKING) -> Tens
 
 @torch.no_grad()
 def random_views(drawings: Drawings, features: nn.Module, *, seed: int, batch: int = 64) -> Views:
-    """Features of each drawing, placed at random, in front of a blue and of another colour."""
+    """Features of each drawing, placed at random, in front of a pink and of another colour."""
     vae = AutoencoderKL.from_pretrained(embedded_folder() / "vae").eval()
     rgba = torch.from_numpy(drawings.rgba)
     columns: list[tuple[Tensor, ...]] = []
@@ -145,7 +145,7 @@ def random_views(drawings: Drawings, features: nn.Module, *, seed: int, batch: i
         size = 0.9 + 0.1 * torch.rand(count, generator=generator)
         drawing = place(rgba[chunk], size, torch.zeros(count, 2), random_flips(count, generator))
         pair = []
-        for colours in (random_blues(count, generator), random_others(count, generator)):
+        for colours in (random_pinks(count, generator), random_others(count, generator)):
             images = over(drawing, colours[:, :, None, None])
             decoded = vae.decode(vae.encode(images * 2 - 1).latent_dist.mode()).sample
             pair.append((decoded / 2 + 0.5).clamp(0, 1))
@@ -159,16 +159,16 @@ def random_views(drawings: Drawings, features: nn.Module, *, seed: int, batch: i
     return Views(*(torch.cat(column, 1) for column in zip(*columns, strict=True)))
 
 
-def random_blues(count: int, generator: torch.Generator) -> Tensor:
-    """Blues of every brightness and strength, [B, 3]."""
-    return _colours(BLUE[0] + (BLUE[1] - BLUE[0]) * torch.rand(count, generator=generator), generator)
+def random_pinks(count: int, generator: torch.Generator) -> Tensor:
+    """Pinks of every brightness and strength, [B, 3]."""
+    return _colours(PINK[0] + (PINK[1] - PINK[0]) * torch.rand(count, generator=generator), generator)
 
 
 def random_others(count: int, generator: torch.Generator) -> Tensor:
-    """A quarter white, a seventh grey, else any hue at least 20 degrees from the blues, [B, 3]."""
+    """A quarter white, a seventh grey, else any hue at least 20 degrees from the pinks, [B, 3]."""
     margin = 20 / 360
-    width = 1 - (BLUE[1] - BLUE[0]) - 2 * margin
-    coloured = _colours(BLUE[1] + margin + width * torch.rand(count, generator=generator), generator)
+    width = 1 - (PINK[1] - PINK[0]) - 2 * margin
+    coloured = _colours(PINK[1] + margin + width * torch.rand(count, generator=generator), generator)
     kind = torch.rand(count, 1, generator=generator)
     grey = torch.rand(count, 1, generator=generator)
     return torch.where(kind < 0.25, torch.ones(count, 3), torch.where(kind < 0.4, grey, coloured))
