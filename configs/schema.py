@@ -102,8 +102,8 @@ class TrainingSettings(Optimisation):
     clip_range: float = 1e-3
     """PPO's; it belongs to the reduction of the log-probability and the size of the latents."""
     kl_penalty: float = 0.0
-    """Weight of each step's KL divergence to the pretrained model in PPO's loss; 0 computes none, more than 0 costs one
-    network call without gradient a transition."""
+    """Weight of each step's KL divergence to the pretrained model in a policy gradient's loss; 0 computes none, more
+    than 0 costs one network call without gradient a transition."""
     log_prob_reduction: Literal["mean", "sum"] = "mean"
     """'mean' over the latent's elements as in DDPO's code, or the true 'sum'."""
     timestep_fraction: float = 1.0

@@ -9,8 +9,9 @@ from importlib import import_module
 import pytest
 import torch
 
-from agents import make_policy, share_latents
+from agents import ScoreFunctionLoss, make_policy, share_latents
 from benchmarks import methods
+from benchmarks.gradient_signal import centred_rewards, step_gradient
 from benchmarks.main_job import RESULTS, append, measure
 from benchmarks.memory import kept_bytes, peak
 from benchmarks.methods import pending
@@ -67,3 +68,34 @@ def test_a_peak_is_what_was_held_at_once_and_given_back():
     # The system counts resident pages a processor at a time and adds them up later.
     assert 0.98 * size < peak(lambda: torch.ones(size // 4).sum()) < 1.2 * size
     assert peak(lambda: None) < 0.1 * size
+
+
+def rollouts(backbone, prompts):
+    """Policy and two batches of three images."""
+    policy = make_policy(backbone, backbone.sampler(3), backbone.conditioning(prompts))
+    env = DenoisingEnv(backbone, 3, lambda images, _: images.mean((1, 2, 3)), prompts, batch_size=3, seed=0)
+    with torch.no_grad():
+        return policy, [env.rollout(3, policy) for _ in range(2)]
+
+
+def test_rewards_are_centred_by_the_other_images_of_their_prompt(backbone):
+    _, batches = rollouts(backbone, ["a cat", "a dog"])
+    images = [(row["prompt_id"][0].item(), row["next", "reward"][-1].item()) for batch in batches for row in batch]
+    expected = []
+    for here, (prompt, reward) in enumerate(images):
+        others = [value for there, (name, value) in enumerate(images) if name == prompt and there != here]
+        expected.append(reward - sum(others) / len(others) if others else 0.0)
+    expected = torch.tensor(expected)
+    torch.testing.assert_close(torch.cat(centred_rewards(batches)), expected / expected.std())
+
+
+def test_a_steps_gradient_is_that_of_the_score_function_loss(trained_backbone):
+    policy, batches = rollouts(trained_backbone, ["a cat", "a dog"])
+    weights = centred_rewards(batches)
+    loss = ScoreFunctionLoss(policy)
+    data = torch.cat([batch[:, 1] for batch in batches])
+    data["advantage"] = torch.cat(weights)[:, None]
+    loss(data)["loss_objective"].backward()
+    expected = torch.cat([p.grad.flatten() for p in policy.parameters() if p.requires_grad])
+    assert expected.norm() > 0
+    torch.testing.assert_close(step_gradient(policy, batches, weights, 1), -expected, rtol=1e-4, atol=1e-7)
