@@ -23,7 +23,7 @@ import torch
 import tyro
 
 from agents import Evaluation
-from configs import RunSettings
+from configs import PRESETS, RunSettings
 from configs.schema import RewardName
 from examples import ppo_aesthetic
 from examples.pretraining.judge import judged_accuracy
@@ -39,6 +39,11 @@ class Settings:
     """The reward to maximise."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """One run each."""
+
+
+def run_settings(reward: RewardName, seed: int, output: Path) -> RunSettings:
+    """The main job's defaults with this reward and seed."""
+    return replace(ppo_aesthetic.adapt(PRESETS["embedded"]()), reward=reward, seed=seed, output=output)
 
 
 def measure(
@@ -84,7 +89,7 @@ def append(row: dict[str, object], path: Path) -> None:
 def main(settings: Settings) -> None:
     """Run every seed and report."""
     for seed in settings.seeds:
-        row = measure(replace(RunSettings(), reward=settings.reward, seed=seed, output=Path("runs/main_job")))
+        row = measure(run_settings(settings.reward, seed, Path("runs/main_job")))
         append(row, RESULTS)
         print(row)
 

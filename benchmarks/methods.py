@@ -68,6 +68,7 @@ def run_settings(example: ModuleType, seed: int, settings: Settings) -> RunSetti
         own,
         seed=seed,
         output=Path("runs/methods") / own.output.name,
+        watch=replace(own.watch, stop=False),
         sampling=replace(own.sampling, images_per_iteration=settings.images_per_iteration),
         training=replace(own.training, iterations=settings.iterations),
     )

@@ -63,7 +63,7 @@ class Task:
 
 
 def method_settings(method: Method, base: RunSettings, *, learning_rate: float | None, output: Path) -> RunSettings:
-    """The method's own settings, with what all methods of the study share.
+    """The method's own settings, with what all methods of the study share; none ends before the others.
 
     Args:
         method: its example's settings are taken.
@@ -73,7 +73,8 @@ def method_settings(method: Method, base: RunSettings, *, learning_rate: float |
     """
     own = method.adapt(base)
     rate = own.training.learning_rate if learning_rate is None else learning_rate
-    return replace(own, reward=base.reward, output=output, training=replace(own.training, learning_rate=rate))
+    training = replace(own.training, learning_rate=rate)
+    return replace(own, reward=base.reward, output=output, watch=base.watch, training=training)
 
 
 def run(method: Method, settings: RunSettings, again: str) -> Cost:

@@ -159,7 +159,7 @@ class RunSettings:
     """The run folder; a number is appended when it holds a run already."""
     logger: Literal["csv", "tensorboard", "wandb"] = "csv"
     """TorchRL's logger that gets the metrics beside metrics.csv."""
-    evaluate_every: int = 20
+    evaluate_every: int = 10
     """Iterations between evaluations on fixed prompts and noise."""
     evaluation_samples: int = 2
     """Images a prompt in an evaluation; diversity within prompts needs two."""

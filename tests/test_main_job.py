@@ -3,7 +3,6 @@
 The latter takes about forty minutes on two cores (`make test-long`).
 """
 
-from dataclasses import replace
 from importlib import import_module
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 from agents import ScoreFunctionLoss, make_policy, share_latents
 from benchmarks import methods
 from benchmarks.gradient_signal import centred_rewards, step_gradient
-from benchmarks.main_job import RESULTS, append, measure
+from benchmarks.main_job import RESULTS, append, measure, run_settings
 from benchmarks.memory import kept_bytes, peak
 from benchmarks.methods import pending
 from configs import RunSettings
@@ -43,7 +42,7 @@ def test_every_method_has_the_same_budget():
 @pytest.mark.filterwarnings("always::agents.OverOptimisationWarning")  # the row says what became of the animals
 @pytest.mark.parametrize(("reward", "seed"), RUNS)
 def test_reward_rises_by_two_standard_deviations_and_animals_stay(reward, seed, tmp_path):
-    row = measure(replace(RunSettings(), reward=reward, seed=seed, output=tmp_path / "run"))
+    row = measure(run_settings(reward, seed, tmp_path / "run"))
     append(row, RESULTS)
     assert row["seconds"] <= 600
     if reward == "style-preference":
