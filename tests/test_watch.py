@@ -165,7 +165,7 @@ def hacked(tmp_path_factory):
     pipeline = tiny_pipeline(path / "tokenizer")
     lora = LoRA(rank=3, alpha=5.0, targets=("to_q", "to_k", "to_v", "to_out.0", "conv1"))
     folder = RunFolder(path / "run", {})
-    with pytest.warns(OverOptimisationWarning, match="the held-out reward fell by"):
+    with pytest.warns(OverOptimisationWarning, match="(?s)the held-out reward fell by.*the run ends here"):
         before, after = hacking_run(StableDiffusionBackbone(pipeline, lora=lora, guidance_scale=2.0), folder, stop=True)
     return folder.path, before, after
 
