@@ -50,6 +50,7 @@ def measure(
     settings: RunSettings, run: Callable[[RunSettings], tuple[Evaluation, Evaluation]] = ppo_aesthetic.main
 ) -> dict[str, object]:
     """Run an example once and return its row."""
+    commit = provenance()  # as it is when the run begins
     start = time.perf_counter()
     before, after = run(settings)
     seconds = time.perf_counter() - start
@@ -65,7 +66,7 @@ def measure(
         "judge_after": round(judged_accuracy(after.images, after.prompts), 3),
         "images": len(after.rewards),
         "seconds": round(seconds),
-        **provenance(),
+        **commit,
     }
 
 
