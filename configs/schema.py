@@ -110,8 +110,8 @@ class TrainingSettings(Optimisation):
     """Share of each trajectory's steps that train, drawn anew each time."""
     min_noise: float = 0.9
     """Steps train whose noise has at least this share of the noisiest step's standard deviation; here only the first of
-    four, which decides the background. The noise of a step's gradient grows as 1 / std: that of the next two steps is
-    two and four times as large, and in 640 images their gradients hold no signal that two halves would share."""
+    four. Gradients grow as 1 / std, and so does their noise: the last two steps' are five and a hundred times as large
+    and hold no signal that two halves of 640 images would share (`benchmarks/gradient_signal.py`)."""
     advantage_buffer: int = 32
     """Rewards remembered a prompt."""
     advantage_min_count: int = 8
