@@ -30,6 +30,8 @@ from examples.pretraining.judge import judged_accuracy
 
 RESULTS = Path(__file__).parent / "results" / "main_job.csv"
 
+Row = dict[str, str]
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -75,6 +77,14 @@ def provenance() -> dict[str, str]:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
     machine = f"{torch.get_num_threads()} cores {platform.machine()}"
     return {"commit": commit.stdout.strip(), "machine": machine, "date": date.today().isoformat()}
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a CSV file, none where there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def append(row: dict[str, object], path: Path) -> None:

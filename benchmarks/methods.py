@@ -9,7 +9,6 @@ standard error of the mean reward after training. A method and a seed that have 
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -19,7 +18,7 @@ from types import ModuleType
 
 import tyro
 
-from benchmarks.main_job import append, measure
+from benchmarks.main_job import append, measure, read_rows
 from configs import PRESETS, RunSettings
 
 RESULTS = Path(__file__).parent / "results" / "methods.csv"
@@ -52,10 +51,7 @@ class Settings:
 
 def pending(path: Path, methods: Sequence[str], seeds: Sequence[int]) -> Iterator[tuple[str, int]]:
     """The runs that have no row in `path` yet, all methods of one seed before the next seed."""
-    rows = []
-    if path.exists():
-        with path.open(newline="") as file:
-            rows = [(row["method"], int(row["seed"])) for row in csv.DictReader(file)]
+    rows = [(row["method"], int(row["seed"])) for row in read_rows(path)]
     for seed, method in product(seeds, methods):
         if (method, seed) not in rows:
             yield method, seed

@@ -7,8 +7,7 @@
 
 Protocol. Task: the embedded pipeline, its 45 animals, `style-preference`, which is differentiable, so that all methods
 can maximise the same reward. What a method does beyond the learning rate is what its example does on this pipeline, as
-`benchmarks/study_methods.py` says, but DDPO runs as published, without a KL penalty; Nabla-DB's beta and RWR's
-temperature are not tuned.
+`benchmarks/study_methods.py` says; Nabla-DB's beta and RWR's temperature are not tuned.
 
 1. Tuning: the same declared learning rates for every method, `--tuning-seed` (none of the study's), a quarter of the
    iterations. The highest mean reward of the last evaluation wins, nothing else counts. `tuning.csv`
@@ -43,10 +42,11 @@ import tyro
 from PIL import Image
 
 from agents.files import write_whole
+from benchmarks.main_job import read_rows
 from benchmarks.methods import pending
 from benchmarks.study_figures import draw
 from benchmarks.study_methods import METHODS, MethodName, check_gradient
-from benchmarks.study_runs import Task, TimeLimit, add_rows, method_settings, read_rows, rows_of, run
+from benchmarks.study_runs import Task, TimeLimit, add_rows, method_settings, rows_of, run
 from examples import evaluate
 
 RESULTS = Path(__file__).parent / "results" / "study"

@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from agents.run_folder import pyplot
+from benchmarks.main_job import Row, read_rows
 from benchmarks.study_methods import METHODS
-from benchmarks.study_runs import Row, read_rows
 
 AXES = {"reward_calls": "reward calls", "network_evaluations": "network evaluations", "seconds": "seconds of training"}
 AGAINST = {

@@ -73,9 +73,6 @@ CORRECTION = (32, 64, 128)  # channels of Nabla-DB's correction network, 3.4 M p
 NABLA = nabla_db_aesthetic.METHODS["embedded"]
 
 
-Adapt = Callable[[RunSettings], RunSettings]
-
-
 class Job(NamedTuple):
     """A run that lacks nothing."""
 
@@ -111,7 +108,7 @@ class Method:
     """One line of the study."""
 
     label: str
-    adapt: Adapt
+    adapt: Callable[[RunSettings], RunSettings]
     """Its own settings over those of the preset: those of its example."""
     job: Callable[[Experiment, RunSettings], Job]
     work: Callable[[Size], Work]
@@ -124,16 +121,6 @@ class Method:
         branches, epochs = 2 if settings.model.guidance_scale > 1 else 1, training.epochs
         work = self.work(Size(images, steps, drawn, trained))
         return Cost(images * (1 + epochs * work.scored), branches * images * (steps + epochs * work.outputs))
-
-
-def _without_penalty(adapt: Adapt) -> Adapt:
-    """DDPO as published: the examples add the KL divergence to the pretrained model."""
-
-    def adapted(preset: RunSettings) -> RunSettings:
-        settings = adapt(preset)
-        return replace(settings, training=replace(settings.training, kl_penalty=0.0))
-
-    return adapted
 
 
 def _ddpo_is(experiment: Experiment, settings: RunSettings) -> Job:
@@ -198,10 +185,8 @@ def _nabla_work(size: Size, *, backward: bool) -> Work:
 
 
 METHODS = {
-    "ddpo-sf": Method(
-        "DDPO-SF", _without_penalty(reinforce_compressibility.adapt), _ddpo_sf, lambda size: Work(0, size.drawn)
-    ),
-    "ddpo-is": Method("DDPO-IS", _without_penalty(ppo_aesthetic.adapt), _ddpo_is, lambda size: Work(0, size.drawn)),
+    "ddpo-sf": Method("DDPO-SF", reinforce_compressibility.adapt, _ddpo_sf, lambda size: Work(0, size.drawn)),
+    "ddpo-is": Method("DDPO-IS", ppo_aesthetic.adapt, _ddpo_is, lambda size: Work(0, size.drawn)),
     "rwr": Method("RWR", rwr_compressibility.adapt, _rwr, lambda size: Work(0, 1)),
     # Exact where no two rewards are equal: those from the percentile's (interpolated) place in the order on.
     "rwr-sparse": Method(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,12 +11,10 @@ from types import FrameType
 
 from agents.files import write_rows
 from agents.policy import denoising_mean
-from benchmarks.main_job import provenance
+from benchmarks.main_job import Row, provenance, read_rows
 from benchmarks.study_methods import Cost, Method
 from configs import RunSettings, build_experiment, build_folder
 from configs.schema import RewardName
-
-Row = dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -119,14 +116,6 @@ def rows_of(folder: Path, cost: Cost) -> list[Row]:
         measured = {key: f"{float(value):.6g}" for key, value in row.items() if key != "iteration" and value}
         rows.append({"iteration": str(n)} | axes | measured | measured_by)
     return rows
-
-
-def read_rows(path: Path) -> list[Row]:
-    """The rows of a CSV file, none where there is no file."""
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def add_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:

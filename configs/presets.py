@@ -66,7 +66,6 @@ def backpropagating(preset: RunSettings, output: Path) -> RunSettings:
         updates_per_epoch=1,
         epochs=1,
         micro_batch=min(16, preset.training.micro_batch),
-        kl_penalty=0.0,
         recompute_log_prob=False,
     )
     return replace(preset, output=output, training=training)

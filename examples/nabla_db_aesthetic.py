@@ -83,7 +83,7 @@ def adapt(preset: RunSettings) -> RunSettings:
     """The reward's gradient is that of the policy at each update; `sd15` holds the settings of the authors' code."""
     preset = with_experiment(preset, "aesthetic")
     preset = replace(preset, output=Path(f"runs/nabla_db_{preset.experiment}"))
-    training = replace(preset.training, epochs=1, kl_penalty=0.0, recompute_log_prob=False)
+    training = replace(preset.training, epochs=1, recompute_log_prob=False)
     if preset.preset == "sd15":
         return replace(
             preset,

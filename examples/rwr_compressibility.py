@@ -37,7 +37,7 @@ def adapt(preset: RunSettings) -> RunSettings:
     and of updates, 128 images each, comes in the smallest batches of the paper's figure 11.
     """
     preset = with_experiment(preset, "compressibility")
-    training = replace(preset.training, updates_per_epoch=1, epochs=5, kl_penalty=0.0, recompute_log_prob=False)
+    training = replace(preset.training, updates_per_epoch=1, epochs=5, recompute_log_prob=False)
     preset = replace(preset, output=Path(f"runs/rwr_{preset.experiment}"))
     if preset.preset == "sd15":
         return replace(

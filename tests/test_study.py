@@ -17,9 +17,10 @@ from torch import nn
 from agents import Experiment, PromptAdvantage, TransitionSampler, make_collector, make_policy, train, trainable_steps
 from agents.stopping import StopRequest
 from benchmarks import exploits, study, study_runs
+from benchmarks.main_job import read_rows
 from benchmarks.study_figures import Curve, draw, equal_reward
 from benchmarks.study_methods import METHODS
-from benchmarks.study_runs import TimeLimit, add_rows, method_settings, read_rows
+from benchmarks.study_runs import TimeLimit, add_rows, method_settings
 from diffusion_env import DenoisingEnv, StableDiffusionBackbone
 from rewards import StylePreference
 
