@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -30,7 +30,7 @@ from .profiling import Profile
 from .rollout import TransitionSampler
 from .run_folder import RunFolder
 from .stopping import StopRequest, leave
-from .training import SKIPPED, Check, train
+from .training import SKIPPED, Check, Metrics, train
 from .watch import NO_VERDICT, OverOptimisationWarning, OverOptimisationWatch, Verdict, WatchRule
 
 
@@ -114,15 +114,11 @@ class Experiment:
             UnequalWeightsError, LostProcessError: of several processes one trains another model, or has ended.
             SystemExit: SIGTERM or Ctrl-C came; the status is 128 and the signal's number, as shells have it.
         """
-        trainable = [parameter for parameter in loss.parameters() if parameter.requires_grad]
+        settings = self.optimisation
         trained = TrainedState(loss, self.policy)
         share_weights(trained.state_dict())
         draw_apart()
-        # One kernel for all parameters instead of a loop over hundreds of small ones.
-        settings = self.optimisation
-        optimizer = torch.optim.AdamW(
-            trainable, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
-        )
+        optimizer = self.optimizer(loss)
         optimizer.register_step_post_hook(EqualWeights(trained, settings.compare_processes_every))
         before = after = self.evaluator(self.policy)
         watch = OverOptimisationWatch(self.watch, before)
@@ -133,23 +129,7 @@ class Experiment:
         first = len(folder.rows)
         if not first:
             folder.log_evaluation(0, before, before, NO_VERDICT)
-        loop = train(
-            self.collector,
-            loss,
-            optimizer,
-            advantage=self._prepared,
-            sampler=self.sampler,
-            updates_per_epoch=settings.updates_per_epoch,
-            epochs=settings.epochs,
-            micro_batch=settings.micro_batch,
-            max_grad_norm=settings.max_grad_norm,
-            transform=self.transform,
-            buffer=self.buffer,
-            target_update=self.target_update,
-            checks=() if first else checks,
-            reward_parts=lambda: self.collector.env.reward_parts,
-            prompts=self.collector.env.prompts,
-        )
+        loop = self.loop(loss, optimizer, () if first else checks)
         images = self.collector.requested_frames_per_batch // self.collector.env.num_steps * size()
         left = range(0) if watch.stopped else range(first + 1, settings.iterations + 1)
         last, leaving = not left, None
@@ -187,6 +167,38 @@ class Experiment:
         folder.save_before_after(before, after)
         on_first(self.backbone.save)(str(folder.path / "lora"))
         return before, after
+
+    def optimizer(self, loss: LossModule) -> torch.optim.Optimizer:
+        """AdamW over what of `loss` trains."""
+        return torch.optim.AdamW(
+            [parameter for parameter in loss.parameters() if parameter.requires_grad],
+            lr=self.optimisation.learning_rate,
+            weight_decay=self.optimisation.weight_decay,
+            fused=True,  # one kernel for all parameters instead of a loop over hundreds of small ones
+        )
+
+    def loop(
+        self, loss: LossModule, optimizer: torch.optim.Optimizer, checks: Sequence[Check] = ()
+    ) -> Iterator[Metrics]:
+        """`train` over these parts, an iteration a turn: nothing is evaluated or written."""
+        settings = self.optimisation
+        return train(
+            self.collector,
+            loss,
+            optimizer,
+            advantage=self._prepared,
+            sampler=self.sampler,
+            updates_per_epoch=settings.updates_per_epoch,
+            epochs=settings.epochs,
+            micro_batch=settings.micro_batch,
+            max_grad_norm=settings.max_grad_norm,
+            transform=self.transform,
+            buffer=self.buffer,
+            target_update=self.target_update,
+            checks=checks,
+            reward_parts=lambda: self.collector.env.reward_parts,
+            prompts=self.collector.env.prompts,
+        )
 
     def _stop_if_broken(self, folder: RunFolder) -> None:
         skipped = sum(row[SKIPPED] for row in folder.rows)

@@ -14,7 +14,7 @@ import csv
 import platform
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
@@ -95,6 +95,12 @@ def append(row: dict[str, object], path: Path) -> None:
         if new:
             writer.writeheader()
         writer.writerow(row)
+
+
+def markdown(rows: Sequence[Mapping[str, object]]) -> str:
+    """Rows that have the same columns as a Markdown table."""
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
 
 
 def main(settings: Settings) -> None:

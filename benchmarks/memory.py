@@ -4,7 +4,8 @@
 
 A trajectory's floor is its T + 1 latents in float32; `bytes_per_trajectory` counts every byte that the rollout keeps
 alive, a shared tensor once; `bytes_at_handover` what the collector's rollout and the stored one do together. The
-peaks are resident memory above what the process held before that part, the networks' activations included. Linux only.
+peaks are resident memory above what the process held before that part, the networks' activations included, and in
+`peak_resident_mib` the whole of it. Linux only.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from tensordict import TensorDictBase
 from agents import PromptAdvantage, TransitionSampler, ddpo_is_loss, make_collector, make_policy
 from agents.training import train
 from benchmarks.collector_overhead import brightness
-from benchmarks.main_job import append, provenance
-from diffusion_env import DenoisingEnv, LoRA, StableDiffusionBackbone, embedded_folder, prompt_set
+from benchmarks.main_job import append, markdown, provenance
+from configs import ModelSettings, SamplingSettings, TrainingSettings, build_backbone
+from diffusion_env import DenoisingEnv, prompt_set
 
 RESULTS = Path(__file__).parent / "results" / "memory.csv"
 
@@ -30,14 +32,16 @@ RESULTS = Path(__file__).parent / "results" / "memory.csv"
 class Settings:
     """Size of the job."""
 
-    images: int = 64
+    images: int = SamplingSettings.images_per_iteration
     """Images a batch."""
-    num_steps: int = 8
-    """Denoising steps T."""
-    micro_batch: int = 128
+    num_steps: int = SamplingSettings.num_steps
+    """Denoising steps T, all of which train."""
+    micro_batch: int = TrainingSettings.micro_batch
     """Transitions that go through the network at a time."""
     model: str = "embedded"
     """'embedded', or a diffusers folder."""
+    results: Path = RESULTS
+    """Where the row goes."""
 
 
 def kept_bytes(*data: TensorDictBase) -> int:
@@ -61,8 +65,8 @@ def _status(name: str) -> int:
 
 def main(settings: Settings) -> None:
     """Measure and write."""
-    folder = embedded_folder() if settings.model == "embedded" else settings.model
-    backbone = StableDiffusionBackbone.from_pretrained(folder, guidance_scale=3.0, lora=LoRA())
+    commit = provenance()
+    backbone = build_backbone(ModelSettings(name=settings.model, device="cpu"))
     sampler, conditioning = backbone.sampler(settings.num_steps), backbone.conditioning(prompt_set("animals"))
     policy = make_policy(backbone, sampler, conditioning)
     env = DenoisingEnv(backbone, settings.num_steps, brightness, conditioning.prompts, batch_size=settings.images)
@@ -97,14 +101,14 @@ def main(settings: Settings) -> None:
         "bytes_at_handover": round(handover),
         "peak_sampling_mib": round(sampling / 2**20, 1),
         "peak_iteration_mib": round(iteration / 2**20, 1),
-        "resident_mib": round(_status("VmRSS") / 2**20, 1),
+        "peak_resident_mib": round(_status("VmHWM") / 2**20, 1),
         "images": settings.images,
         "num_steps": settings.num_steps,
         "micro_batch": settings.micro_batch,
-        **provenance(),
+        **commit,
     }
-    append(row, RESULTS)
-    print(row)
+    append(row, settings.results)
+    print(markdown([row]))
 
 
 if __name__ == "__main__":
