@@ -114,11 +114,15 @@ class Experiment:
             UnequalWeightsError, LostProcessError: of several processes one trains another model, or has ended.
             SystemExit: SIGTERM or Ctrl-C came; the status is 128 and the signal's number, as shells have it.
         """
-        settings = self.optimisation
+        trainable = [parameter for parameter in loss.parameters() if parameter.requires_grad]
         trained = TrainedState(loss, self.policy)
         share_weights(trained.state_dict())
         draw_apart()
-        optimizer = self.optimizer(loss)
+        # One kernel for all parameters instead of a loop over hundreds of small ones.
+        settings = self.optimisation
+        optimizer = torch.optim.AdamW(
+            trainable, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+        )
         optimizer.register_step_post_hook(EqualWeights(trained, settings.compare_processes_every))
         before = after = self.evaluator(self.policy)
         watch = OverOptimisationWatch(self.watch, before)
@@ -167,15 +171,6 @@ class Experiment:
         folder.save_before_after(before, after)
         on_first(self.backbone.save)(str(folder.path / "lora"))
         return before, after
-
-    def optimizer(self, loss: LossModule) -> torch.optim.Optimizer:
-        """AdamW over what of `loss` trains."""
-        return torch.optim.AdamW(
-            [parameter for parameter in loss.parameters() if parameter.requires_grad],
-            lr=self.optimisation.learning_rate,
-            weight_decay=self.optimisation.weight_decay,
-            fused=True,  # one kernel for all parameters instead of a loop over hundreds of small ones
-        )
 
     def loop(
         self, loss: LossModule, optimizer: torch.optim.Optimizer, checks: Sequence[Check] = ()

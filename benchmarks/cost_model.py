@@ -136,9 +136,10 @@ def measure(size: Size, pipeline: Path) -> dict[str, object]:
         network, latent_numbers = mean.backbone.unet, prod(mean.backbone.latent_shape)
         stored: list[int] = []
         experiment.advantage.register_forward_hook(lambda module, inputs, data: stored.append(kept_bytes(data)))
+        trained = [parameter for parameter in loss.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained)
         gradients: list[int] = []
-        optimizer = experiment.optimizer(loss)
-        optimizer.register_step_pre_hook(lambda *_: gradients.append(gradient_bytes(optimizer)))
+        optimizer.register_step_pre_hook(lambda *_: gradients.append(gradient_bytes(trained)))
         with counted(network) as evaluations:
             next(experiment.loop(loss, optimizer))
         experiment.backbone.save(name)
@@ -159,9 +160,8 @@ def measure(size: Size, pipeline: Path) -> dict[str, object]:
     }
 
 
-def gradient_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of the gradients that an update uses."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+def gradient_bytes(parameters: Iterable[nn.Parameter]) -> int:
+    """Bytes of the gradients that are there."""
     return sum(parameter.grad.nbytes for parameter in parameters if parameter.grad is not None)
 
 

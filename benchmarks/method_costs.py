@@ -21,13 +21,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 import tyro
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from agents.policy import denoising_mean
 from agents.profiling import ITERATION, SECTIONS, section_seconds
-from benchmarks.collector_overhead import timed
+from benchmarks.collector_overhead import Clock, timed
 from benchmarks.main_job import append, markdown, provenance
 from benchmarks.study_methods import METHODS, MethodName
 from benchmarks.study_runs import method_settings
@@ -49,6 +50,8 @@ class Settings:
     """Denoising steps T."""
     rounds: int = 3
     """Iterations of each that are timed."""
+    clock: Clock = "wall"
+    """As of benchmarks.collector_overhead."""
     model: str = "embedded"
     """As --model.name of the examples."""
     prompts: str = SamplingSettings.prompts
@@ -81,7 +84,8 @@ class Running:
         policy = denoising_mean(experiment.policy)
         self.network = policy.backbone.unet
         self.expected = method.cost(run, policy.sampler).network_evaluations
-        self._loop = experiment.loop(loss, experiment.optimizer(loss))
+        trained = [parameter for parameter in loss.parameters() if parameter.requires_grad]
+        self._loop = experiment.loop(loss, torch.optim.AdamW(trained, lr=run.training.learning_rate, fused=True))
         self.iterate()
 
     def iterate(self) -> None:
@@ -113,7 +117,10 @@ def measure(name: str, yardstick: Running, settings: Settings) -> dict[str, obje
     """A line of the table."""
     running = Running(name, settings, iterations=settings.rounds + 1)
     with counted(running.network) as evaluations:
-        pairs = [(timed(running.iterate), timed(yardstick.iterate)) for _ in range(settings.rounds)]
+        pairs = [
+            (timed(running.iterate, settings.clock), timed(yardstick.iterate, settings.clock))
+            for _ in range(settings.rounds)
+        ]
     each = settings.images * settings.rounds
     return {
         "method": name,
@@ -125,6 +132,7 @@ def measure(name: str, yardstick: Running, settings: Settings) -> dict[str, obje
         "images": settings.images,
         "num_steps": settings.num_steps,
         "rounds": settings.rounds,
+        "clock": settings.clock,
     }
 
 
