@@ -4,15 +4,15 @@ from math import prod
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from benchmarks import collector_overhead, cost_model, gpu, memory, method_costs
 from benchmarks.main_job import markdown, read_rows
 from configs import PRESETS
-from diffusion_env import embedded_folder
+from diffusion_env import DDIMSampler, embedded_folder
+from tests.test_readme import README
 
 
 def parameters(module):
@@ -29,13 +29,35 @@ def test_evaluations_and_bytes_are_the_predicted_ones(tiny_folder):
 
 
 def test_the_architecture_is_stable_diffusion_15s():
-    """The sizes of the published weights, and of a LoRA of rank 4 on its attention."""
+    """The sizes of the published weights; peft's LoRA of rank 4 on its attention has as many as the formula says."""
+    backbone = gpu.load(gpu.Settings(device="meta"))
+    trained = sum(parameter.numel() for parameter in backbone.unet.parameters() if parameter.requires_grad)
+    sizes = [parameters(part) for part in (backbone.unet, backbone.pipeline.vae, backbone.pipeline.text_encoder)]
+    assert sizes == [859_520_964 + trained, 83_653_863, 123_060_480]
+    layers = cost_model.adapted_layers(backbone.unet, backbone.lora.targets)
+    assert cost_model.lora_parameters(layers, backbone.lora.rank) == trained == 797_184
+    assert (backbone.latent_shape, backbone.unet.dtype) == ((4, 64, 64), torch.bfloat16)
+
+
+@pytest.mark.parametrize(("preset", "column"), [("embedded", 2), ("sd15", 3)])
+def test_the_readmes_costs_are_those_of_the_presets(preset, column):
+    run, folder = PRESETS[preset](), embedded_folder()
+    config, schedule = gpu.UNET, gpu.SCHEDULE
+    if preset == "embedded":
+        config = UNet2DConditionModel.load_config(folder, subfolder="unet")
+        schedule = DDIMScheduler.load_config(folder, subfolder="scheduler")
     with torch.device("meta"):
-        unet, vae = UNet2DConditionModel(**gpu.UNET), AutoencoderKL(**gpu.VAE)
-        text_encoder = CLIPTextModel(CLIPTextConfig(**gpu.TEXT_ENCODER))
-    assert (parameters(unet), parameters(vae), parameters(text_encoder)) == (859_520_964, 83_653_863, 123_060_480)
-    layers = cost_model.adapted_layers(unet, PRESETS["sd15"]().model.lora_targets)
-    assert cost_model.lora_parameters(layers, rank=4) == 797_184
+        layers = cost_model.adapted_layers(UNet2DConditionModel.from_config(config), run.model.lora_targets)
+    images, steps = run.sampling.images_per_iteration, run.sampling.num_steps
+    sent = cost_model.sent_bytes(cost_model.lora_parameters(layers, run.model.lora_rank)) / 1e6
+    stored = cost_model.stored_bytes(images, steps, config["in_channels"] * config["sample_size"] ** 2) / 1e6
+    evaluations = cost_model.METHOD.cost(run, DDIMSampler(schedule, steps)).network_evaluations
+    section = README.split("## What it costs when it grows")[1].split("\n## ")[0]
+    rows = [line.split("|") for line in section.splitlines() if line.startswith("|")][2:]
+    cells = [row[column + 1].strip() for row in rows]
+    assert cells[0] == f"{evaluations:,.0f}"
+    assert cells[1] == (f"{stored:.1f} MB" if stored < 100 else f"{stored:.0f} MB")
+    assert cells[2] == cells[3] == f"{sent:.1f} MB"
 
 
 def test_the_smaller_network_has_a_tenth_of_the_parameters():
