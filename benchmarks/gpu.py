@@ -23,18 +23,17 @@ from typing import Literal
 
 import torch
 import tyro
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from tensordict import TensorDict, TensorDictBase
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from agents import PromptAdvantage, TransitionSampler, ddpo_is_loss, make_collector, make_policy, train, trainable_steps
 from benchmarks.collector_overhead import brightness, timed
 from benchmarks.main_job import append, markdown, provenance
+from benchmarks.stable_diffusion import stable_diffusion_15
 from configs import PRESETS, build_backbone
 from diffusion_env import DenoisingEnv, LoRA, StableDiffusionBackbone
-from diffusion_env.backbones import DTYPES, StableDiffusionPipeline  # from there without a note about torchvision
+from diffusion_env.backbones import DTYPES
 
 RESULTS = Path(__file__).parent / "results" / "gpu.csv"
 PROMPT = "a cat"  # encoded before anything is counted or timed
@@ -47,45 +46,6 @@ PEAK_TFLOPS = {
     "H200": 989.0,
     "L40S": 362.0,
     "L4": 121.0,
-}
-
-UNET = {
-    "sample_size": 64,
-    "in_channels": 4,
-    "out_channels": 4,
-    "block_out_channels": (320, 640, 1280, 1280),
-    "layers_per_block": 2,
-    "down_block_types": (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3),
-    "cross_attention_dim": 768,
-    "attention_head_dim": 8,
-}
-VAE = {
-    "sample_size": 512,
-    "latent_channels": 4,
-    "block_out_channels": (128, 256, 512, 512),
-    "layers_per_block": 2,
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "scaling_factor": 0.18215,
-}
-TEXT_ENCODER = {
-    "vocab_size": 49408,
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "max_position_embeddings": 77,
-    "projection_dim": 768,
-    "hidden_act": "quick_gelu",
-}
-SCHEDULE = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
 }
 
 
@@ -123,6 +83,8 @@ class Settings:
                 f"images={self.images} is no multiple of micro_batch={self.micro_batch}: the rest would be a batch of "
                 "another shape, compiled by itself"
             )
+        if self.rounds < 1:
+            raise ValueError(f"rounds={self.rounds} must be at least 1")
         if self.dtype == "float32" and self.peak_tflops is None:
             raise ValueError("the table of peaks is for half precision; give --peak-tflops for float32")
 
@@ -140,35 +102,16 @@ def device_name(device: str) -> str:
     return torch.cuda.get_device_name(device)
 
 
-def peak_of(device_name: str) -> float:
+def peak_of(chip: str) -> float:
     """The chip's peak in half precision, 10^12 operations a second.
 
     Raises:
         ValueError: the table lacks it, or it is a part of a chip.
     """
     for name, peak in PEAK_TFLOPS.items():  # H100 after its variants
-        if re.search(rf"\b{name}\b", device_name) and "MIG" not in device_name:
+        if re.search(rf"\b{name}\b", chip) and "MIG" not in chip:
             return peak
-    raise ValueError(f"the peak of {device_name!r} is not in the table; give --peak-tflops from its data sheet")
-
-
-def stable_diffusion_15(device: str) -> StableDiffusionPipeline:
-    """Its architecture, weights drawn at random; the tokenizer knows letters, one token each."""
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
-    with torch.device(device):
-        unet, vae = UNet2DConditionModel(**UNET), AutoencoderKL(**VAE)
-        text_encoder = CLIPTextModel(CLIPTextConfig(**TEXT_ENCODER))
-    return StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=77),
-        unet=unet,
-        scheduler=DDIMScheduler(**SCHEDULE),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    raise ValueError(f"the peak of {chip!r} is not in the table; give --peak-tflops from its data sheet")
 
 
 def load(settings: Settings) -> StableDiffusionBackbone:
@@ -218,8 +161,8 @@ class Job:
 
     def backpropagate(self) -> None:
         """What `train` has the network do, for counting: TorchRL's functional losses break FlopCounterMode."""
-        transitions = self._batch[:, self._steps].reshape(-1)
-        self._policy.get_dist(transitions).log_prob(transitions["action"]).sum().backward()
+        for transition in self._batch[:, self._steps].reshape(-1).split(1):  # attention as defined takes much memory
+            self._policy.get_dist(transition).log_prob(transition["action"]).sum().backward()
         self._optimizer.zero_grad()
 
     def _finish(self) -> None:

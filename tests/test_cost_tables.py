@@ -8,7 +8,7 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from benchmarks import collector_overhead, cost_model, gpu, memory, method_costs
+from benchmarks import collector_overhead, cost_model, gpu, memory, method_costs, stable_diffusion
 from benchmarks.main_job import markdown, read_rows
 from configs import PRESETS
 from diffusion_env import DDIMSampler, embedded_folder
@@ -42,7 +42,7 @@ def test_the_architecture_is_stable_diffusion_15s():
 @pytest.mark.parametrize(("preset", "column"), [("embedded", 2), ("sd15", 3)])
 def test_the_readmes_costs_are_those_of_the_presets(preset, column):
     run, folder = PRESETS[preset](), embedded_folder()
-    config, schedule = gpu.UNET, gpu.SCHEDULE
+    config, schedule = stable_diffusion.UNET, stable_diffusion.SCHEDULE
     if preset == "embedded":
         config = UNet2DConditionModel.load_config(folder, subfolder="unet")
         schedule = DDIMScheduler.load_config(folder, subfolder="scheduler")
