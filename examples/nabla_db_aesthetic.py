@@ -37,13 +37,13 @@ class Method:
 
 METHODS = {
     # In units of the network's output: in the paper's units the last steps are nearly all of the loss.
-    "embedded": Method(beta=100.0, weighting="output"),
+    "embedded": Method(beta=500.0, weighting="output"),
     "sd15": Method(beta=1e4, trust_region=2e3, correction=True, jacobian=True, last_step_always=True),
 }
 
 # Beta and the trust region belong to the reward's scale; a reward that is not listed has those above.
 SCALES = {
-    ("embedded", "prompt-alignment"): {"beta": 500.0},  # its gradient is a fifth of style-preference's
+    ("embedded", "prompt-alignment"): {"beta": 2500.0},  # its gradient is a fifth of style-preference's
     ("sd15", "hpsv2"): {"trust_region": 5e3},
     ("sd15", "hpsv2.1"): {"trust_region": 5e3},
     ("sd15", "image-reward"): {"beta": 1e3, "trust_region": 5e3},
@@ -92,8 +92,9 @@ def adapt(preset: RunSettings) -> RunSettings:
             # Six of fifty steps.
             training=replace(training, iterations=100, learning_rate=1e-3, timestep_fraction=0.12),
         )
-    # Its residuals do not change with the sampling noise: later steps tell as much. The last hardly has a density.
-    return replace(preset, training=replace(training, updates_per_epoch=1, min_noise=0.05))
+    # Its residuals do not change with the sampling noise: later steps tell as much, few transitions make an update. The
+    # last step hardly has a density; of the three others one trains of each trajectory.
+    return replace(preset, training=replace(training, updates_per_epoch=4, timestep_fraction=0.34, min_noise=0.05))
 
 
 if __name__ == "__main__":
