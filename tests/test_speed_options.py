@@ -58,7 +58,9 @@ def assert_same_update(backbone: StableDiffusionBackbone, plain: dict[str, torch
     largest = max(change.abs().max().item() for change in plain.values())
     for name, change in moved.items():
         assert change.abs().max() > 0, name
-        torch.testing.assert_close(change, plain[name], rtol=1e-3, atol=1e-4 * largest, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            change, plain[name], rtol=1e-3, atol=1e-4 * largest, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("chosen", list(product((False, True), repeat=len(OPTIONS)))[1:])
