@@ -44,6 +44,9 @@ def build_backbone(settings: ModelSettings) -> StableDiffusionBackbone:
         guidance_scale=settings.guidance_scale,
         lora=lora,
         gradient_checkpointing=settings.gradient_checkpointing,
+        channels_last=settings.channels_last,
+        fold_lora=settings.fold_lora,
+        compile=settings.compile,
     )
 
 

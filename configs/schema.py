@@ -26,7 +26,8 @@ class ModelSettings:
     name: str = "embedded"
     """'embedded', a diffusers folder, or a hub name of a Stable Diffusion 1.x or 2.x pipeline."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the frozen weights; what trains is float32 in any case."""
+    """Of the frozen weights; what trains is float32 in any case. Half precision is approximate: a run whose importance
+    ratio it moves by more than a tenth of the clip range is refused, see training.recompute-log-prob."""
     device: str = "auto"
     """'auto' is cuda where there is one, else cpu."""
     guidance_scale: float = 2.0
@@ -38,7 +39,15 @@ class ModelSettings:
     lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2")
     """Names of the UNet's layers that get an adapter."""
     gradient_checkpointing: bool = False
-    """Recompute activations: less memory, a third more time in training."""
+    """Exact. Recompute activations: less memory, a third more time in training."""
+    channels_last: bool = True
+    """Exact but for rounding. Memory format of UNet and VAE, faster on most machines."""
+    fold_lora: bool = True
+    """Exact but for rounding. Adapters are added to the weights in each forward pass rather than their output to the
+    layers'; in half precision, where that would round small adapters away, nothing is folded."""
+    compile: bool = False
+    """Exact but for rounding. torch.compile the network: minutes at the start and at every new batch size, which only a
+    long run on a GPU is likely to win back."""
 
     def __post_init__(self) -> None:
         """Refuse impossible numbers."""

@@ -51,6 +51,8 @@ class StableDiffusionBackbone(nn.Module):
         guidance_scale: float = 5.0,
         lora: LoRA | None = None,
         gradient_checkpointing: bool = False,
+        fold_lora: bool = True,
+        compile: bool = False,
     ) -> None:
         """Take over `pipeline`, whose UNet is changed in place.
 
@@ -60,6 +62,11 @@ class StableDiffusionBackbone(nn.Module):
                 off and saves half of the network's work.
             lora: adapters to train; None trains the whole network.
             gradient_checkpointing: recompute activations in the backward pass.
+            fold_lora: with a float32 network, add the adapters to the weights in each forward pass rather than their
+                output to the layers' (see `folded_lora`): the same function and gradients, faster. In half precision
+                the sum would round small adapters away, and PEFT's own layers serve.
+            compile: `torch.compile` the network, which takes minutes when it is first called and again at every other
+                batch size; the same numbers but for rounding.
         """
         super().__init__()
         if guidance_scale < 1:
@@ -78,10 +85,12 @@ class StableDiffusionBackbone(nn.Module):
             self._reference = (copy.deepcopy(self.unet),)
             self.unet.requires_grad_(True)
         else:
-            add_lora(self.unet, lora)
+            add_lora(self.unet, lora, folded=fold_lora and self._dtype == torch.float32)
         cast_training_params(self.unet)  # float32 master weights, whatever the network computes in
         if gradient_checkpointing:
             self.unet.enable_gradient_checkpointing(_checkpointed)
+        if compile:
+            self.unet.compile()
         self._negative = self._encode([""])
 
     @classmethod
@@ -94,6 +103,8 @@ class StableDiffusionBackbone(nn.Module):
         guidance_scale: float = 5.0,
         lora: LoRA | None = None,
         gradient_checkpointing: bool = False,
+        fold_lora: bool = True,
+        compile: bool = False,
         channels_last: bool = True,
     ) -> StableDiffusionBackbone:
         """Load a pipeline from a folder or by its hub name; the arguments are those of the constructor.
@@ -105,6 +116,8 @@ class StableDiffusionBackbone(nn.Module):
             guidance_scale: see the constructor.
             lora: see the constructor.
             gradient_checkpointing: see the constructor.
+            fold_lora: see the constructor.
+            compile: see the constructor.
             channels_last: memory format of UNet and VAE, faster on most machines.
 
         Raises:
@@ -129,7 +142,14 @@ class StableDiffusionBackbone(nn.Module):
         if channels_last:
             pipeline.unet.to(memory_format=torch.channels_last)
             pipeline.vae.to(memory_format=torch.channels_last)
-        return cls(pipeline, guidance_scale=guidance_scale, lora=lora, gradient_checkpointing=gradient_checkpointing)
+        return cls(
+            pipeline,
+            guidance_scale=guidance_scale,
+            lora=lora,
+            gradient_checkpointing=gradient_checkpointing,
+            fold_lora=fold_lora,
+            compile=compile,
+        )
 
     @property
     def pipeline(self) -> StableDiffusionPipeline:

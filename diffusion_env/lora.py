@@ -11,6 +11,8 @@ from peft import LoraConfig
 from safetensors import safe_open
 from torch import nn
 
+from .folded_lora import FOLDED
+
 ADAPTER = "policy"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
@@ -47,8 +49,13 @@ class LoRA:
         return cls(rank=saved["unet.r"], alpha=saved["unet.lora_alpha"], targets=targets)
 
 
-def add_lora(unet: UNet2DConditionModel, lora: LoRA) -> None:
+def add_lora(unet: UNet2DConditionModel, lora: LoRA, *, folded: bool) -> None:
     """Put an adapter of that kind, called `ADAPTER`, on `unet`; it adds nothing yet.
+
+    Args:
+        unet: the network, changed in place.
+        lora: which adapter.
+        folded: with the layers of `folded_lora` in the place of PEFT's.
 
     Raises:
         ValueError: a target is the name of no layer.
@@ -57,7 +64,9 @@ def add_lora(unet: UNet2DConditionModel, lora: LoRA) -> None:
     for target in lora.targets:
         if not any(name == target or name.endswith(f".{target}") for name in names):
             raise ValueError(f"no linear or convolution layer of the UNet is called {target!r}; see LoRA.targets")
-    unet.add_adapter(
-        LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets), init_lora_weights="gaussian"),
-        adapter_name=ADAPTER,
+    config = LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, target_modules=list(lora.targets), init_lora_weights="gaussian"
     )
+    if folded:
+        config._register_custom_module(FOLDED)
+    unet.add_adapter(config, adapter_name=ADAPTER)

@@ -1,0 +1,94 @@
+"""One DDPO iteration after another, on request: what both sides of the comparison share.
+
+This runs in this project's environment and in TRL's, so it needs no more than torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+COUNTS = ("sampling", "training", "updates")
+"""Latents that went through the network without gradient and with it; optimiser steps."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How this project's side computes."""
+
+    dtype: str = "float32"
+    """Of the frozen weights."""
+    channels_last: bool = True
+    """Memory format of UNet and VAE."""
+    fold_lora: bool = True
+    """Adapters are added to the weights rather than to the layers' output."""
+    compile: bool = False
+    """`torch.compile` of the network."""
+    micro_batch: int = 16
+    """Transitions that go through the network at a time."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """The job that both do; LoRA is TRL's own, rank and alpha 4 on the attention projections, all steps train."""
+
+    pipeline: str
+    prompts: list[str]
+    images: int
+    num_steps: int
+    guidance_scale: float
+    minibatch: int
+    their_sample_batch: int
+    threads: int
+    ours: Options
+    seed: int = 0
+    learning_rate: float = 3e-4
+    weight_decay: float = 1e-4
+    clip_range: float = 1e-4
+    max_grad_norm: float = 1.0
+
+
+def serve(make: Callable[[Job], tuple[nn.Module, Callable[[], object]]]) -> None:
+    """Answer each line of standard input by one iteration, and a line of JSON about it.
+
+    It holds wall-clock and processor seconds, and `COUNTS` as hooks on the network and the optimiser count them.
+
+    Args:
+        make: from the job, the first argument of the program as JSON, to the network and what does one iteration.
+    """
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever the libraries print is no answer
+    import torch
+    from torch.optim.optimizer import register_optimizer_step_post_hook
+
+    content = json.loads(sys.argv[1])
+    job = Job(**content | {"ours": Options(**content["ours"])})
+    torch.set_num_threads(job.threads)
+    torch.manual_seed(job.seed)
+    network, iterate = make(job)
+    counts: Counter[str] = Counter()
+
+    def count_evaluations(module: nn.Module, inputs: tuple, output: object) -> None:
+        counts["training" if torch.is_grad_enabled() else "sampling"] += len(inputs[0])
+
+    def count_updates(*_: object) -> None:
+        counts["updates"] += 1
+
+    network.register_forward_hook(count_evaluations)
+    register_optimizer_step_post_hook(count_updates)
+    for _ in sys.stdin:
+        counts.clear()
+        start, processor = time.perf_counter(), time.process_time()
+        iterate()
+        spent = {"seconds": time.perf_counter() - start, "processor_seconds": time.process_time() - processor}
+        print(json.dumps(spent | {key: counts[key] for key in COUNTS}), file=answers, flush=True)
