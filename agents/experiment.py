@@ -32,6 +32,7 @@ from .run_folder import RunFolder
 from .stopping import StopRequest, leave
 from .training import SKIPPED, Check, train
 from .watch import NO_VERDICT, OverOptimisationWarning, OverOptimisationWatch, Verdict, WatchRule
+from .workers import WorkerCollector
 
 
 class Saveable(Protocol):
@@ -73,7 +74,7 @@ class Experiment:
     backbone: Saveable
     policy: ProbabilisticActor
     reward: Reward
-    collector: Collector
+    collector: Collector | WorkerCollector
     evaluator: Evaluator
     advantage: nn.Module
     prepare: Sequence[Callable[[TensorDictBase], TensorDictBase]]
