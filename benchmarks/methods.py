@@ -4,7 +4,9 @@
     python -m benchmarks.methods --methods draft_aesthetic --seeds 0
 
 Each run appends a row to `benchmarks/results/methods.csv`: those of `benchmarks.main_job`, with the method and the
-standard error of the mean reward after training. A method and a seed that have a row are not run again.
+processor time that the run took. A method and a seed that have a row are not run again. The first seed's run also
+leaves `benchmarks/results/methods/NAME.png`: images of the pretrained model, below them the same prompts and noise
+after training. At the end it prints the table of `examples/README.md`.
 """
 
 from __future__ import annotations
@@ -14,14 +16,20 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 from itertools import product
 from pathlib import Path
+from statistics import fmean, stdev
+from time import process_time
 from types import ModuleType
 
+import torch
 import tyro
+from PIL import Image
 
-from benchmarks.main_job import append, measure, read_rows
+from agents import Evaluation
+from benchmarks.main_job import Row, append, measure, read_rows
 from configs import PRESETS, RunSettings
 
 RESULTS = Path(__file__).parent / "results" / "methods.csv"
+PICTURES = "../benchmarks/results/methods"  # as seen from examples/README.md
 METHODS = (
     "ppo_aesthetic",
     "a2c_aesthetic",
@@ -41,7 +49,7 @@ class Settings:
     """Examples by name."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """One run each."""
-    iterations: int = 48
+    iterations: int = 16
     """Rounds of sampling and updating, the same for every method."""
     images_per_iteration: int = 64
     """Images sampled before each round of updates."""
@@ -64,21 +72,55 @@ def run_settings(example: ModuleType, seed: int, settings: Settings) -> RunSetti
         own,
         seed=seed,
         output=Path("runs/methods") / own.output.name,
+        evaluate_every=settings.iterations,
         watch=replace(own.watch, stop=False),
         sampling=replace(own.sampling, images_per_iteration=settings.images_per_iteration),
         training=replace(own.training, iterations=settings.iterations),
     )
 
 
+def strip(before: Evaluation, after: Evaluation, columns: int = 8) -> Image.Image:
+    """Images of `columns` prompts side by side, those of `before` above those of `after`."""
+    chosen = torch.linspace(0, len(before.images) - 1, columns).long()
+    lines = [torch.cat(list(each.images[chosen]), dim=2) for each in (before, after)]
+    return Image.fromarray((torch.cat(lines, dim=1) * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """Lines of Markdown, one for each method: means over its seeds, `±` the standard error of the mean over seeds."""
+    lines = ["| program | before | after | gain in std | processor | images |", "| --- | --- | --- | --- | --- | --- |"]
+    for method in dict.fromkeys(row["method"] for row in rows):
+        of = [row for row in rows if row["method"] == method]
+
+        def over_seeds(key: str, of: Sequence[Row] = of) -> tuple[float, float]:
+            values = [float(row[key]) for row in of]
+            return fmean(values), stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+
+        (before, _), (after, error) = over_seeds("before"), over_seeds("after")
+        (gain, gain_error), (seconds, _) = over_seeds("gain_in_std"), over_seeds("processor_seconds")
+        lines.append(
+            f"| `{method}.py` | {before:.2f} | {after:.2f} ± {error:.2f} | {gain:+.2f} ± {gain_error:.2f} | "
+            f"{seconds / 60:.0f} min | ![]({PICTURES}/{method}.png) |"
+        )
+    return lines
+
+
 def main(settings: Settings) -> None:
     """Run what is missing."""
     for method, seed in pending(settings.results, settings.methods, settings.seeds):
-        example = import_module(f"examples.{method}")
-        row = measure(run_settings(example, seed, settings), example.main)
-        error = round(float(row["after_std"]) / float(row["images"]) ** 0.5, 4)
-        row = {"method": method, **row, "after_standard_error": error}
-        append(row, settings.results)
-        print(row)
+        example, start = import_module(f"examples.{method}"), process_time()
+
+        def run(own: RunSettings, example: ModuleType = example, name: str = method) -> tuple[Evaluation, Evaluation]:
+            before, after = example.main(own)
+            if own.seed == settings.seeds[0]:
+                pictures = settings.results.with_suffix("")
+                pictures.mkdir(parents=True, exist_ok=True)
+                strip(before, after).save(pictures / f"{name}.png")
+            return before, after
+
+        row = {"method": method, **measure(run_settings(example, seed, settings), run)}
+        append({**row, "processor_seconds": round(process_time() - start)}, settings.results)
+    print("\n".join(table(read_rows(settings.results))))
 
 
 if __name__ == "__main__":

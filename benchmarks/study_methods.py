@@ -70,7 +70,6 @@ INVERSE_TEMPERATURE = 1.0  # of RWR; style-preference has a standard deviation o
 BEST = 0.9  # RWR-sparse keeps images from this percentile on
 FRESH_NOISES = 2  # of DRaFT-LV, as in the paper
 CORRECTION = (32, 64, 128)  # channels of Nabla-DB's correction network, 3.4 M parameters beside the denoiser's 7.6 M
-NABLA = nabla_db_aesthetic.METHODS["embedded"]
 
 
 class Job(NamedTuple):
@@ -145,7 +144,7 @@ def _rwr_sparse(experiment: Experiment, settings: RunSettings) -> Job:
 
 
 def _refl(experiment: Experiment, settings: RunSettings) -> Job:
-    last_steps = max(1, settings.sampling.num_steps // refl_aesthetic.LATE)
+    last_steps = max(1, settings.sampling.num_steps // refl_aesthetic.LATE[settings.preset])
     ceiling = refl_aesthetic.CEILINGS.get(settings.reward, 0.0)
     loss = ReFLLoss(experiment.policy, experiment.reward, last_steps=last_steps, ceiling=ceiling)
     return _from_one_state(experiment, loss)
@@ -168,14 +167,15 @@ def _alignprop(experiment: Experiment, settings: RunSettings) -> Job:
 
 
 def _nabla_db(experiment: Experiment, settings: RunSettings, *, backward: bool) -> Job:
+    own = nabla_db_aesthetic.method_of(settings)
     loss = NablaDBLoss(
         experiment.policy,
-        beta=NABLA.beta,
+        beta=own.beta,
         correction=CorrectionUNet(experiment.backbone, block_out_channels=CORRECTION) if backward else None,
         terminal_weight=experiment.sampler.steps_per_trajectory,  # as in the example
-        weighting=NABLA.weighting,
+        weighting=own.weighting,
     )
-    gradient = RewardGradient(experiment.policy, experiment.reward, jacobian=NABLA.jacobian, before=backward)
+    gradient = RewardGradient(experiment.policy, experiment.reward, jacobian=own.jacobian, before=backward)
     return Job(replace(experiment, transform=gradient), loss)
 
 

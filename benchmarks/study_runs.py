@@ -14,7 +14,7 @@ from agents.policy import denoising_mean
 from benchmarks.main_job import Row, provenance, read_rows
 from benchmarks.study_methods import Cost, Method
 from configs import RunSettings, build_experiment, build_folder
-from configs.schema import RewardName
+from configs.schema import RewardName, SamplingSettings
 
 
 @dataclass(frozen=True)
@@ -27,15 +27,15 @@ class Task:
     """What is trained on: a prompt set by name, or a text or JSONL file, one prompt a line."""
     model: str = "embedded"
     """As --model.name of the examples."""
-    num_steps: int = 8
+    num_steps: int = SamplingSettings().num_steps
     """Denoising steps T."""
-    iterations: int = 48
+    iterations: int = 20
     """Rounds of sampling and updating."""
-    images_per_iteration: int = 64
+    images_per_iteration: int = 32
     """Images sampled before each round of updates."""
-    evaluate_every: int = 8
+    evaluate_every: int = 5
     """Iterations between evaluations."""
-    evaluation_samples: int = 4
+    evaluation_samples: int = 2
     """Images a prompt in an evaluation; diversity and FID need two."""
 
     def base(self, seed: int) -> RunSettings:

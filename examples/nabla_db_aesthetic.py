@@ -92,8 +92,9 @@ def adapt(preset: RunSettings) -> RunSettings:
             # Six of fifty steps.
             training=replace(training, iterations=100, learning_rate=1e-3, timestep_fraction=0.12),
         )
-    # Its residuals do not change with the sampling noise: later steps tell as much. The last hardly has a density.
-    return replace(preset, training=replace(training, updates_per_epoch=1, min_noise=0.05))
+    # Its residuals do not change with the sampling noise: later steps tell as much, few transitions make an update. The
+    # last step hardly has a density; of the three others one trains of each trajectory.
+    return replace(preset, training=replace(training, updates_per_epoch=4, timestep_fraction=0.34, min_noise=0.05))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from agents import Evaluation, ReFLLoss, summary
 from agents.distributed import say
 from configs import RunSettings, backpropagating, build_experiment, build_folder, parse_settings, with_experiment
 
-LATE = 4  # the last quarter of the steps, as in the authors' code
+# The last quarter of the steps, as in the authors' code; of four steps that would be one, and ReFL would be DRaFT-1.
+LATE = {"embedded": 2, "sd15": 4}
 CEILINGS = {"style-preference": 5.0, "laion-aesthetic": 10.0}  # beyond what training should reach
 
 
@@ -21,7 +22,7 @@ def main(settings: RunSettings) -> tuple[Evaluation, Evaluation]:
     """Train and save; the evaluations before and after."""
     say(f"{settings.reward} on {settings.model.name}, {settings.sampling.prompts} prompts, seed {settings.seed}")
     experiment = build_experiment(settings)
-    last_steps = max(1, settings.sampling.num_steps // LATE)
+    last_steps = max(1, settings.sampling.num_steps // LATE[settings.preset])
     loss = ReFLLoss(
         experiment.policy, experiment.reward, last_steps=last_steps, ceiling=CEILINGS.get(settings.reward, 0.0)
     )

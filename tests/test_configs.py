@@ -124,7 +124,7 @@ def test_numbers_that_are_no_settings_are_the_published_ones():
     assert sampler.steps_per_trajectory == 6
     assert import_module("examples.rwr_compressibility").INVERSE_TEMPERATURE["sd15"] == 0.2
     refl = import_module("examples.refl_aesthetic")
-    assert refl.adapt(PRESETS["sd15"]()).sampling.num_steps // refl.LATE == 10
+    assert refl.adapt(PRESETS["sd15"]()).sampling.num_steps // refl.LATE["sd15"] == 10
     assert import_module("examples.draft_aesthetic").BACKPROP_STEPS["sd15"] == 1
     # Weighted regression makes ten rounds of 10,240 images and 400 updates in the paper.
     rwr = import_module("examples.rwr_compressibility").adapt(PRESETS["sd15"]())

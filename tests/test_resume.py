@@ -16,12 +16,14 @@ from torchrl.objectives import SoftUpdate
 
 from agents import RestoreNext, RunFolder, iql_loss
 from agents.checkpoint import DamagedCheckpointWarning
+from benchmarks.main_job import append, provenance
 from configs import build_experiment, build_folder, parse_settings
 from examples import ppo_aesthetic
-from tests.runs import Program, assert_same_run, checkpoint, finish, metrics, start, tensors, wait_for
+from tests.runs import ROOT, Program, assert_same_run, checkpoint, finish, metrics, start, tensors, wait_for
 
 ITERATIONS = 12
 LONG = 30
+KILL_LOOPS = ROOT / "benchmarks" / "results" / "kill_loops.csv"
 
 
 @pytest.fixture(scope="session")
@@ -82,13 +84,16 @@ def test_a_run_that_is_killed_twice_continues_bit_for_bit(ppo, reference, tmp_pa
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("seed", [1, 2, 3])
 @pytest.mark.parametrize("name", ["ppo_aesthetic.py", "rwr_compressibility.py", "nabla_db_aesthetic.py"])
-def test_a_run_that_is_killed_seven_times_continues_bit_for_bit(name, tiny_folder, prompts, tmp_path):
+def test_a_run_that_is_killed_seven_times_continues_bit_for_bit(name, seed, tiny_folder, prompts, tmp_path):
+    measured_by = provenance()
     options = () if name == "nabla_db_aesthetic.py" else ("--reward", "jpeg-compressibility")
     program = Program(name, tiny_folder, prompts, options, LONG)
     finish(program.command(tmp_path / "reference"))
-    kill_and_resume(program, tmp_path / "run", 7, seed=1)
+    kill_and_resume(program, tmp_path / "run", 7, seed=seed)
     assert_same_run(tmp_path / "run", tmp_path / "reference", LONG)
+    append({"program": name, "kills": 7, "seed": seed, "iterations": LONG, "equal": True, **measured_by}, KILL_LOOPS)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
