@@ -17,7 +17,7 @@ from .run_folder import RunFolder, summary
 from .rwr import BestTrajectories, ExponentialWeights, RWRLoss
 from .training import train
 from .watch import OverOptimisationWarning, OverOptimisationWatch, WatchRule
-from .workers import WorkerCollector, make_worker_collector
+from .worker_collector import WorkerCollector, make_worker_collector
 
 __all__ = [
     "AlignPropLoss",

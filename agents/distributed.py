@@ -103,7 +103,7 @@ say = on_first(print)
 
 
 def numbered_seed(seed: int, number: int) -> int:
-    """The seed of one of several that draw apart: `seed` for number 0, then made of both, equal to no neighbouring one."""
+    """The seed of one of several that draw apart: `seed` for number 0, then made of both; no neighbouring seed's."""
     if not number:
         return seed
     return int(np.random.SeedSequence([seed % 2**64, number]).generate_state(1, np.uint64)[0] >> 1)

@@ -35,8 +35,8 @@ def share_latents(rollout: TensorDictBase, *, episodes: int = 1) -> TensorDictBa
     """The collector's `postproc`: T + 1 latents a trajectory instead of 2 T.
 
     A state's `latents` are the action before it, so one tensor [B, T + 1, *latent] of the first latents and all actions
-    holds both; the returned [B, T] TensorDict's `latents` and `action` are views of it and nothing else is shared with `rollout`. Whatever no loss
-    reads is dropped; `loc` and `scale` are there only if the policy was told to keep them.
+    holds both; the returned [B, T] TensorDict's `latents` and `action` are views of it and nothing else is shared with
+    `rollout`. Whatever no loss reads is dropped; `loc` and `scale` are there only if the policy was told to keep them.
 
     Args:
         rollout: [B, T]; with more than one episode [B, episodes * T], one after the other, of which [episodes * B, T]

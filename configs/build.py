@@ -27,9 +27,10 @@ from agents import (
     make_worker_collector,
     trainable_steps,
 )
-from agents.distributed import join, rank_seed, seed_generators, size
+from agents.distributed import join, rank_seed, seed_generators
 from agents.metrics import FeatureExtractor
 from agents.policy import denoising_mean
+from agents.worker_collector import check_workers
 from diffusion_env import DenoisingEnv, LoRA, StableDiffusionBackbone, embedded_folder, prompt_set
 
 from .schema import HeldOutName, ModelSettings, RewardName, RunSettings
@@ -92,11 +93,7 @@ def build_experiment(settings: RunSettings, *, keep_model_output: bool = False) 
     any, start here.
     """
     join(_device(settings.model))
-    if settings.sampling.workers and size() > 1:
-        raise ValueError(
-            f"sampling.workers={settings.sampling.workers} under torchrun, which started {size()} processes: each of "
-            "them makes images already. Use either one"
-        )
+    check_workers(settings.sampling.workers, settings.sampling.worker_kind)
     seed_generators(settings.seed)
     prompts: Sequence[str] = prompt_set(settings.sampling.prompts)  # a missing file shows before a model loads
     sampling, training = settings.sampling, settings.training

@@ -1,6 +1,5 @@
 """What test_workers.py has made in other processes."""
 
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,7 +8,7 @@ from agents import make_policy
 from diffusion_env import DenoisingEnv, LoRA, StableDiffusionBackbone
 from rewards import Mix
 
-STEPS, PROMPTS = 3, ("a cat", "a dog", "a fox")
+STEPS, PROMPTS = 3, ("a cat", "a goat", "a horse")
 
 
 def brightness(images, prompts):
@@ -17,7 +16,7 @@ def brightness(images, prompts):
 
 
 def redness(images, prompts):
-    return images[:, 0].mean((1, 2)) + 0.1 * torch.tensor([float(len(prompt.split()[1])) for prompt in prompts])
+    return images[:, 0].mean((1, 2)) + 0.1 * torch.tensor([float(len(prompt)) for prompt in prompts])
 
 
 def make(folder: Path, images: int, seed: int):
@@ -28,7 +27,3 @@ def make(folder: Path, images: int, seed: int):
     env = DenoisingEnv(backbone, STEPS, reward, PROMPTS, batch_size=images, samples_per_prompt=2, seed=seed)
     return env, policy
 
-
-def maker(folder: Path, images: int):
-    """`make` of a seed alone."""
-    return partial(make, folder, images)
