@@ -1,8 +1,8 @@
 """Rollouts in other processes, on this machine or on others: TorchRL's multi-process and Ray collectors.
 
 Each worker has a network, an environment and random numbers of its own; rewards are computed where the images are
-made. Before each batch the weights that train, and no others, are sent to all workers by TorchRL's weight
-synchronisation, so that a batch is always the current policy's. A batch is what single-process collectors with the
+made. Before each batch the weights that train, and no others, are sent to the collector of every worker
+(`update_policy_weights_`), so that a batch is always the current policy's. A batch is what single-process collectors with the
 workers' seeds would give, one after the other.
 """
 
@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from tensordict import TensorDictBase
-from torch import Tensor
+from torch import Tensor, nn
 from torchrl.collectors import MultiSyncCollector
 from torchrl.modules import ProbabilisticActor
+from torchrl.weight_update import NoWeightSyncScheme
 
 from .distributed import numbered_seed, size
 from .workers import Rollouts, RolloutWorker, TrainedWeights, gather, ignore_interrupts, to_send
@@ -54,15 +55,29 @@ class WorkerEnvironments:
 class WorkerCollector:
     """TorchRL's collector over the workers, as `Experiment` uses a collector of its own process."""
 
-    def __init__(self, collector: MultiSyncCollector | RayCollector, env: WorkerEnvironments, frames: int) -> None:
+    def __init__(
+        self,
+        collector: MultiSyncCollector | RayCollector,
+        env: WorkerEnvironments,
+        weights: TrainedWeights,
+        frames: int,
+    ) -> None:
         """Have `collector` give batches of `frames` transitions; the workers end with this process at the latest."""
-        self._collector, self.env, self.requested_frames_per_batch = collector, env, frames
+        self._collector, self.env, self._weights, self.requested_frames_per_batch = collector, env, weights, frames
         atexit.register(self.shutdown)  # before `multiprocessing` would wait for them
 
     def __iter__(self) -> Iterator[TensorDictBase]:
-        """Batches [B, T]; whatever a worker raised has been printed by it, or is in the error itself with Ray."""
+        """Batches [B, T] of the policy as it is when each is asked for."""
+        batches = iter(self._collector)
         try:
-            yield from self._collector
+            while True:
+                # Not by one of TorchRL's schemes: where a worker has ended, that for processes would wait for ever.
+                self._collector.map_fn(
+                    "update_policy_weights_", [(self._weights.copied(),)] * self._collector.num_workers
+                )
+                if (batch := next(batches, None)) is None:
+                    return
+                yield batch
         except Exception as error:
             error.add_note("A worker that makes rollouts has ended; what it raised is printed above")
             raise
@@ -137,33 +152,30 @@ def make_worker_collector(
     weights = TrainedWeights(policy)
     frames = images * num_steps
     start = _start_on_ray if kind == "ray" else _start_processes
-    together = partial(gather, workers=workers, device=weights.weights[0].device)
-    collector = start(makers, weights, frames=frames, iterations=iterations, postproc=together)
+    device = weights.weights[0].device
+    collector = start(makers, device, frames, frames * iterations, partial(gather, workers=workers, device=device))
     collector.map_fn("seed_generators", [(each,) for each in seeds])
     env = WorkerEnvironments(collector, prompts=prompts, num_steps=num_steps)
-    return WorkerCollector(collector, env, frames)
+    return WorkerCollector(collector, env, weights, frames)
 
 
 def _start_processes(
     makers: list[Callable[[], Rollouts]],
-    weights: TrainedWeights,
-    *,
+    device: torch.device,
     frames: int,
-    iterations: int,
+    total_frames: int,
     postproc: Callable[[TensorDictBase], TensorDictBase],
 ) -> MultiSyncCollector:
     threads = torch.get_num_threads()
     return MultiSyncCollector(
         makers,
-        weights,
         collector_class=RolloutWorker,
         frames_per_batch=frames,
-        total_frames=frames * iterations,
+        total_frames=total_frames,
         postproc=postproc,
         cat_results=0,
         use_buffers=True,
         compact_obs=True,
-        update_at_each_batch=True,
         trust_policy=True,
         auto_register_policy_transforms=False,
         # Workers and this process never compute at the same time.
@@ -175,17 +187,17 @@ def _start_processes(
 
 def _start_on_ray(
     makers: list[Callable[[], Rollouts]],
-    weights: TrainedWeights,
-    *,
+    device: torch.device,
     frames: int,
-    iterations: int,
+    total_frames: int,
     postproc: Callable[[TensorDictBase], TensorDictBase],
 ) -> RayCollector:
     from torchrl.collectors.distributed import RayCollector
 
+    nothing = nn.Module()  # TorchRL warns of a policy that is none
     collector = RayCollector(
         makers,
-        weights,
+        nothing,
         collector_class=RolloutWorker,
         collector_kwargs={
             "compact_obs": True,
@@ -194,13 +206,13 @@ def _start_on_ray(
             "postproc": to_send,
         },
         frames_per_batch=frames,
-        total_frames=frames * iterations,
+        total_frames=total_frames,
         postproc=postproc,
         sync=True,
-        update_after_each_batch=True,
         trust_policy=True,
+        weight_sync_schemes={"policy": NoWeightSyncScheme()},
         ray_init_config={"include_dashboard": False},
-        remote_configs={"num_cpus": 1, "num_gpus": int(weights.weights[0].is_cuda)},
+        remote_configs={"num_cpus": 1, "num_gpus": int(device.type == "cuda")},
     )
-    collector.update_policy_weights_()  # connects; TorchRL warns when the first batch does
+    collector.update_policy_weights_(nothing)  # TorchRL warns where its scheme has never been used
     return collector

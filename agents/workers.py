@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from torch import nn
 from torchrl.checkpoint import GlobalRNGState
 from torchrl.collectors import Collector
@@ -22,46 +22,43 @@ Rollouts = tuple[DenoisingEnv, ProbabilisticActor]
 
 
 class TrainedWeights(nn.Module):
-    """A policy with no parameters but those that train: what is sent to the workers, and what receives it there.
-
-    Pickled it is the weights alone, without the policy.
-    """
+    """A policy with no parameters but those that train."""
 
     def __init__(self, policy: ProbabilisticActor) -> None:
         """Refer to the parameters of `policy`."""
         super().__init__()
         self.weights = nn.ParameterList(each for each in policy.parameters() if each.requires_grad)
-        self._policy: tuple[ProbabilisticActor, ...] = (policy,)  # in a tuple: its other parameters are not this one's
+        self._policy = (policy,)  # in a tuple: its other parameters are not this one's
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """What the policy does."""
         return self._policy[0](tensordict)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_policy": ()}
+    def copied(self) -> TensorDictBase:
+        """The weights as they are now, on the CPU, in one piece of memory: what a worker is sent."""
+        return TensorDict.from_module(self).data.cpu().consolidate()
 
 
 class RolloutWorker(Collector):
-    """TorchRL's collector in a worker, over the environment and the policy that are made there."""
+    """TorchRL's collector in a worker, over the environment and the policy that are made there.
+
+    `update_policy_weights_` takes what `TrainedWeights.copied` gives.
+    """
 
     def __init__(
         self,
         create_env_fn: Callable[[], Rollouts],
-        policy: TrainedWeights | None = None,
+        policy: object = None,
         *,
-        policy_factory: Callable[[], TrainedWeights] | None = None,
+        policy_factory: object = None,
         worker_idx: int,
         **options: Any,
     ) -> None:
-        """Be called by TorchRL, which gives the weights to begin with in one of two ways, and `options` of its own."""
+        """Be called by TorchRL, with `options` of its own; the policy is what `create_env_fn` makes."""
         if torch.cuda.is_available():  # Ray shows a worker its own GPU alone
             torch.cuda.set_device(worker_idx % torch.cuda.device_count())
         env, actor = create_env_fn()
-        received = policy_factory() if policy is None and policy_factory is not None else policy
-        assert received is not None
-        weights = TrainedWeights(actor)
-        weights.load_state_dict(received.state_dict())
-        super().__init__(env, weights, worker_idx=worker_idx, **options)
+        super().__init__(env, TrainedWeights(actor), worker_idx=worker_idx, **options)
 
     def __repr__(self) -> str:
         return f"worker {self.worker_idx}"  # Ray writes it before every line that a worker prints

@@ -26,4 +26,3 @@ def make(folder: Path, images: int, seed: int):
     reward = Mix([(brightness, 1.0), (redness, 0.5)])
     env = DenoisingEnv(backbone, STEPS, reward, PROMPTS, batch_size=images, samples_per_prompt=2, seed=seed)
     return env, policy
-

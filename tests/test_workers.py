@@ -147,7 +147,7 @@ def test_a_worker_that_ended_is_named(seen):
 def test_what_is_sent_is_no_more_than_it_must_be(tiny_folder):
     """To a worker the weights that train, once; from it on Ray T + 1 latents a trajectory and a few numbers a step."""
     env, policy = make(tiny_folder, 4, SEED)
-    sent = TrainedWeights(policy)
+    sent = TrainedWeights(policy).copied()
     bytes_of_weights = sum(each.numel() * 4 for each in trained(policy))
     assert sum(each.numel() for each in policy.parameters()) > 5 * bytes_of_weights / 4
     overhead = 600 * len(trained(policy))  # names and shapes
