@@ -2,8 +2,8 @@
 
 Each worker has a network, an environment and random numbers of its own; rewards are computed where the images are
 made. Before each batch the weights that train, and no others, are sent to the collector of every worker
-(`update_policy_weights_`), so that a batch is always the current policy's. A batch is what single-process collectors with the
-workers' seeds would give, one after the other.
+(`update_policy_weights_`), so that a batch is always the current policy's. A batch is what single-process collectors
+with the workers' seeds would give, one after the other.
 """
 
 from __future__ import annotations

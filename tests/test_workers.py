@@ -1,5 +1,6 @@
 """Rollouts in other processes: the images of single-process collectors, of the policy as it is now, resumed exactly."""
 
+import gc
 import io
 import pickle
 import signal
@@ -32,7 +33,7 @@ def set_weights(policy, version):
 
 
 @pytest.fixture(scope="module", params=["process", "ray"])
-def seen(request, tiny_folder, monkeypatch_module):
+def seen(request, tiny_folder):
     """What two workers gave: a batch, one after an update, and the one after that twice, resumed in between."""
     if request.param == "ray":
         request.getfixturevalue("local_ray")
@@ -75,21 +76,18 @@ def failure(collector, batches):
 
 
 @pytest.fixture(scope="module")
-def monkeypatch_module():
-    with pytest.MonkeyPatch.context() as patch:
-        yield patch
-
-
-@pytest.fixture(scope="module")
-def local_ray(monkeypatch_module):
+def local_ray():
     """A Ray of two workers, which are not at the end of the queue for a processor that others use too."""
     ray = pytest.importorskip("ray")
-    monkeypatch_module.setenv("RAY_worker_niceness", "0")
-    monkeypatch_module.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    with warnings.catch_warnings(action="ignore"):  # Ray leaves files open and warns of its own future
-        ray.init(num_cpus=WORKERS, include_dashboard=False, log_to_driver=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_worker_niceness", "0")
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        with warnings.catch_warnings(action="ignore"):  # Ray leaves files open, and warns of its own future
+            ray.init(num_cpus=WORKERS, include_dashboard=False, log_to_driver=False)
         yield
-        ray.shutdown()
+        with warnings.catch_warnings(action="ignore"):
+            ray.shutdown()
+            gc.collect()
 
 
 def single_process(maker, seed):
