@@ -79,7 +79,7 @@ class WorkerCollector:
                     return
                 yield batch
         except Exception as error:
-            error.add_note("A worker that makes rollouts has ended; what it raised is printed above")
+            error.add_note("A worker that makes rollouts failed; what it raised stands above")
             raise
 
     def reset(self) -> None:
