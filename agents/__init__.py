@@ -17,6 +17,7 @@ from .run_folder import RunFolder, summary
 from .rwr import BestTrajectories, ExponentialWeights, RWRLoss
 from .training import train
 from .watch import OverOptimisationWarning, OverOptimisationWatch, WatchRule
+from .worker_collector import WorkerCollector, make_worker_collector
 
 __all__ = [
     "AlignPropLoss",
@@ -46,12 +47,14 @@ __all__ = [
     "ScoreFunctionLoss",
     "TransitionSampler",
     "WatchRule",
+    "WorkerCollector",
     "ddpo_is_loss",
     "iql_loss",
     "make_collector",
     "make_critic",
     "make_policy",
     "make_q_critic",
+    "make_worker_collector",
     "share_latents",
     "summary",
     "train",

@@ -102,11 +102,16 @@ def on_first(function: Callable[P, object]) -> Callable[P, None]:
 say = on_first(print)
 
 
-def rank_seed(seed: int) -> int:
-    """The first process's seed is `seed`; the others' are made of it and their rank, equal to no neighbouring seed."""
-    if not rank():
+def numbered_seed(seed: int, number: int) -> int:
+    """The seed of one of several that draw apart: `seed` for number 0, then made of both; no neighbouring seed's."""
+    if not number:
         return seed
-    return int(np.random.SeedSequence([seed % 2**64, rank()]).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence([seed % 2**64, number]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def rank_seed(seed: int) -> int:
+    """The first process's seed is `seed`; the others' are made of it and their rank."""
+    return numbered_seed(seed, rank())
 
 
 def seed_generators(seed: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -32,6 +33,7 @@ from .run_folder import RunFolder
 from .stopping import StopRequest, leave
 from .training import SKIPPED, Check, Metrics, train
 from .watch import NO_VERDICT, OverOptimisationWarning, OverOptimisationWatch, Verdict, WatchRule
+from .worker_collector import WorkerCollector
 
 
 class Saveable(Protocol):
@@ -73,7 +75,7 @@ class Experiment:
     backbone: Saveable
     policy: ProbabilisticActor
     reward: Reward
-    collector: Collector
+    collector: Collector | WorkerCollector
     evaluator: Evaluator
     advantage: nn.Module
     prepare: Sequence[Callable[[TensorDictBase], TensorDictBase]]
@@ -139,7 +141,8 @@ class Experiment:
         last, leaving = not left, None
         bar = tqdm(initial=first, total=settings.iterations, unit="iteration", disable=rank() > 0)
         profile = Profile(folder.path if self.profile and rank() == 0 else None)
-        with StopRequest() as stop, bar as progress, profile:
+        with StopRequest() as stop, bar as progress, profile, ExitStack() as ending:
+            ending.callback(self.collector.shutdown)
             progress.set_description(f"reward {before.mean:.3f} before")
             for iteration in left:
                 start = time.perf_counter()
@@ -166,7 +169,6 @@ class Experiment:
             leave(leaving, folder.path, len(folder.rows), resume_command)
         if not left:  # it was stopped while it wrote what follows
             after = self.evaluator(self.policy)
-        self.collector.shutdown()
         folder.save_curve(before)
         folder.save_before_after(before, after)
         on_first(self.backbone.save)(str(folder.path / "lora"))

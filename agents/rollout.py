@@ -34,9 +34,9 @@ KEPT_KEYS = (
 def share_latents(rollout: TensorDictBase, *, episodes: int = 1) -> TensorDictBase:
     """The collector's `postproc`: T + 1 latents a trajectory instead of 2 T.
 
-    A state's `latents` are the action before it, so one tensor [B, T + 1, *latent] holds both; the returned [B, T]
-    TensorDict's `latents` and `action` are views of it and nothing else is shared with `rollout`. Whatever no loss
-    reads is dropped; `loc` and `scale` are there only if the policy was told to keep them.
+    A state's `latents` are the action before it, so one tensor [B, T + 1, *latent] of the first latents and all actions
+    holds both; the returned [B, T] TensorDict's `latents` and `action` are views of it and nothing else is shared with
+    `rollout`. Whatever no loss reads is dropped; `loc` and `scale` are there only if the policy was told to keep them.
 
     Args:
         rollout: [B, T]; with more than one episode [B, episodes * T], one after the other, of which [episodes * B, T]
@@ -46,7 +46,7 @@ def share_latents(rollout: TensorDictBase, *, episodes: int = 1) -> TensorDictBa
     # Images [B, episodes, T] to [episodes, B, T]; with one episode this moves nothing.
     one_by_one = rollout.unflatten(1, (episodes, rollout.shape[1] // episodes)).transpose(0, 1)
     kept = one_by_one.select(*KEPT_KEYS, strict=False).exclude("latents", "action").flatten(0, 1).clone()
-    trajectory = torch.cat([one_by_one["latents"], one_by_one["action"][:, :, -1:]], 2).flatten(0, 1)
+    trajectory = torch.cat([one_by_one["latents"][:, :, :1], one_by_one["action"]], 2).flatten(0, 1)
     return kept.update({"latents": trajectory[:, :-1], "action": trajectory[:, 1:]})
 
 

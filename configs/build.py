@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
+import diffusers.utils.logging
 import torch
+import transformers.utils.logging
+from torchrl.collectors import Collector
 from torchrl.modules import ProbabilisticActor
 
 import rewards
@@ -17,13 +21,16 @@ from agents import (
     RecomputeLogProb,
     RunFolder,
     TransitionSampler,
+    WorkerCollector,
     make_collector,
     make_policy,
+    make_worker_collector,
     trainable_steps,
 )
 from agents.distributed import join, rank_seed, seed_generators
 from agents.metrics import FeatureExtractor
 from agents.policy import denoising_mean
+from agents.worker_collector import check_workers
 from diffusion_env import DenoisingEnv, LoRA, StableDiffusionBackbone, embedded_folder, prompt_set
 
 from .schema import HeldOutName, ModelSettings, RewardName, RunSettings
@@ -85,33 +92,20 @@ def build_held_out(
 def build_experiment(settings: RunSettings, *, keep_model_output: bool = False) -> Experiment:
     """Everything of a policy-gradient run but the loss; `keep_model_output` is that of `make_policy`.
 
-    Under `torchrun` the processes join here; each draws prompts and noise of its own.
+    Under `torchrun` the processes join here; each draws prompts and noise of its own. Workers, if the settings have
+    any, start here.
     """
     join(_device(settings.model))
+    check_workers(settings.sampling.workers, settings.sampling.worker_kind)
     seed_generators(settings.seed)
     prompts: Sequence[str] = prompt_set(settings.sampling.prompts)  # a missing file shows before a model loads
     sampling, training = settings.sampling, settings.training
     backbone = build_backbone(settings.model)
     reward = build_reward(settings.reward, head=settings.reward_head, device=backbone.device)
     batch_size = sampling.batch_size or sampling.images_per_iteration
-    sampler = backbone.sampler(sampling.num_steps, sampling.eta)
-    policy = make_policy(
-        backbone,
-        sampler,
-        backbone.conditioning(prompts),
-        log_prob_reduction=training.log_prob_reduction,
-        keep_model_output=keep_model_output,
-    )
+    policy = _build_policy(settings, backbone, prompts, keep_model_output)
+    sampler = denoising_mean(policy).sampler
     steps = trainable_steps(sampler, training.min_noise)
-    env = DenoisingEnv(
-        backbone,
-        sampling.num_steps,
-        reward,
-        prompts,
-        batch_size=batch_size,
-        samples_per_prompt=sampling.samples_per_prompt,
-        seed=rank_seed(settings.seed),
-    )
     evaluation_env = DenoisingEnv(backbone, sampling.num_steps, reward, prompts, batch_size=min(45, batch_size), seed=0)
     features = rewards.LiteFeatures(FEATURES).to(backbone.device)
     evaluator = Evaluator(
@@ -125,7 +119,7 @@ def build_experiment(settings: RunSettings, *, keep_model_output: bool = False) 
         backbone=backbone,
         policy=policy,
         reward=reward,
-        collector=make_collector(env, policy, iterations=training.iterations, episodes=sampling.episodes),
+        collector=_build_collector(settings, backbone, reward, prompts, policy, keep_model_output),
         evaluator=evaluator,
         advantage=PromptAdvantage(buffer_size=training.advantage_buffer, min_count=training.advantage_min_count),
         prepare=[RecomputeLogProb(policy, training.micro_batch)] if training.recompute_log_prob else [],
@@ -136,6 +130,76 @@ def build_experiment(settings: RunSettings, *, keep_model_output: bool = False) 
         watch=settings.watch,
         profile=settings.profile,
     )
+
+
+def _build_policy(
+    settings: RunSettings, backbone: StableDiffusionBackbone, prompts: Sequence[str], keep_model_output: bool
+) -> ProbabilisticActor:
+    return make_policy(
+        backbone,
+        backbone.sampler(settings.sampling.num_steps, settings.sampling.eta),
+        backbone.conditioning(prompts),
+        log_prob_reduction=settings.training.log_prob_reduction,
+        keep_model_output=keep_model_output,
+    )
+
+
+def _build_env(
+    settings: RunSettings,
+    backbone: StableDiffusionBackbone,
+    reward: rewards.Reward,
+    prompts: Sequence[str],
+    batch_size: int,
+    seed: int,
+) -> DenoisingEnv:
+    return DenoisingEnv(
+        backbone,
+        settings.sampling.num_steps,
+        reward,
+        prompts,
+        batch_size=batch_size,
+        samples_per_prompt=settings.sampling.samples_per_prompt,
+        seed=seed,
+    )
+
+
+def _build_collector(
+    settings: RunSettings,
+    backbone: StableDiffusionBackbone,
+    reward: rewards.Reward,
+    prompts: Sequence[str],
+    policy: ProbabilisticActor,
+    keep_model_output: bool,
+) -> Collector | WorkerCollector:
+    sampling, iterations = settings.sampling, settings.training.iterations
+    if not sampling.workers:
+        batch_size = sampling.images_per_iteration // sampling.episodes
+        env = _build_env(settings, backbone, reward, prompts, batch_size, rank_seed(settings.seed))
+        return make_collector(env, policy, iterations=iterations, episodes=sampling.episodes)
+    return make_worker_collector(
+        partial(_build_rollouts, settings, tuple(prompts), keep_model_output),
+        policy,
+        workers=sampling.workers,
+        kind=sampling.worker_kind,
+        seed=settings.seed,
+        images=sampling.images_per_iteration,
+        num_steps=sampling.num_steps,
+        prompts=prompts,
+        iterations=iterations,
+    )
+
+
+def _build_rollouts(
+    settings: RunSettings, prompts: Sequence[str], keep_model_output: bool, seed: int
+) -> tuple[DenoisingEnv, ProbabilisticActor]:
+    """A worker's environment and policy; it has loaded the model as quietly as it can."""
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    backbone = build_backbone(settings.model)
+    reward = build_reward(settings.reward, head=settings.reward_head, device=backbone.device)
+    batch_size = settings.sampling.images_per_iteration // settings.sampling.workers
+    env = _build_env(settings, backbone, reward, prompts, batch_size, seed)
+    return env, _build_policy(settings, backbone, prompts, keep_model_output)
 
 
 def build_folder(settings: RunSettings) -> RunFolder:

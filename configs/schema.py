@@ -78,6 +78,11 @@ class SamplingSettings:
     """Images denoised at a time; None takes an iteration's all at once. Fewer need less memory, and while they are
     denoised a thread computes the rewards of those before. This is exact: the policy changes only when all rewards are
     there, and they are what computing them in turn gives, but for a reward that draws PyTorch's random numbers."""
+    workers: int = 0
+    """Other processes that make an iteration's images and rewards, an equal share each, with a network of their own; 0
+    makes them in this one. A run with workers is resumed like any other, bit for bit on a CPU."""
+    worker_kind: Literal["process", "ray"] = "process"
+    """Where workers run: on this machine, or on a Ray cluster (`ray start`; without one Ray is started here)."""
 
     @property
     def episodes(self) -> int:
@@ -102,6 +107,24 @@ class SamplingSettings:
                 f"batch_size={self.batch_size} must divide images_per_iteration={self.images_per_iteration} and be a "
                 f"multiple of samples_per_prompt={self.samples_per_prompt}",
             )
+        self._check_workers()
+
+    def _check_workers(self) -> None:
+        _require(self.workers >= 0, f"workers={self.workers} must be at least 0 (0 = none beside this process)")
+        _require(
+            self.workers > 0 or self.worker_kind == "process",
+            f"worker_kind={self.worker_kind} says where workers run, and there are none: set workers",
+        )
+        _require(
+            not self.workers or self.images_per_iteration % (self.workers * self.samples_per_prompt) == 0,
+            f"images_per_iteration={self.images_per_iteration} cannot be shared out among workers={self.workers} in "
+            f"whole groups of samples_per_prompt={self.samples_per_prompt}",
+        )
+        _require(
+            not (self.workers and self.batch_size),
+            f"batch_size={self.batch_size} is for images made in this process; a worker makes its share of an "
+            f"iteration, images_per_iteration / workers, at a time: use more workers and leave batch_size at None",
+        )
 
 
 @dataclass(frozen=True)

@@ -176,6 +176,13 @@ def test_a_setting_that_would_change_nothing_is_refused(source, tmp_path, capsys
         (lambda: ModelSettings(lora_rank=0, dtype="bfloat16"), "loses small updates"),
         (lambda: SamplingSettings(num_steps=0), "num_steps=0"),
         (lambda: SamplingSettings(images_per_iteration=10, batch_size=4), "batch_size=4 must divide images_per_iterat"),
+        (lambda: SamplingSettings(workers=-1), "workers=-1 must be at least 0"),
+        (lambda: SamplingSettings(worker_kind="ray"), "worker_kind=ray says where workers run, and there are none"),
+        (
+            lambda: SamplingSettings(images_per_iteration=12, samples_per_prompt=4, workers=2),
+            "images_per_iteration=12 cannot be shared out among workers=2 in whole groups of samples_per_prompt=4",
+        ),
+        (lambda: SamplingSettings(images_per_iteration=8, batch_size=4, workers=2), "batch_size=4 is for images made"),
         (
             lambda: SamplingSettings(images_per_iteration=8, samples_per_prompt=4, batch_size=2),
             "batch_size=2 .* multiple of samples_per_prompt=4",
