@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -29,6 +30,7 @@ from .memory import memory_advice
 from .profiling import Profile
 from .rollout import TransitionSampler
 from .run_folder import RunFolder
+from .sharding import OwnShares, by_sharding, is_sharded
 from .stopping import StopRequest, leave
 from .training import SKIPPED, Check, train
 from .watch import NO_VERDICT, OverOptimisationWarning, OverOptimisationWatch, Verdict, WatchRule
@@ -38,7 +40,7 @@ class Saveable(Protocol):
     """What can write the trained weights to a folder."""
 
     def save(self, folder: str) -> None:
-        """Write them."""
+        """Write them; sharded ones when all processes call it, and then on the first one alone."""
         ...
 
 
@@ -116,14 +118,17 @@ class Experiment:
         """
         trainable = [parameter for parameter in loss.parameters() if parameter.requires_grad]
         trained = TrainedState(loss, self.policy)
-        share_weights(trained.state_dict())
+        share_weights(trained.replicated())
         draw_apart()
         # One kernel for all parameters instead of a loop over hundreds of small ones.
         settings = self.optimisation
         optimizer = torch.optim.AdamW(
-            trainable, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+            [{"params": group} for group in by_sharding(trainable)],
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            fused=True,
         )
-        optimizer.register_step_post_hook(EqualWeights(trained, settings.compare_processes_every))
+        optimizer.register_step_post_hook(EqualWeights(trained.replicated, settings.compare_processes_every))
         before = after = self.evaluator(self.policy)
         watch = OverOptimisationWatch(self.watch, before)
         method = {"loss": type(loss).__name__, "advantage": type(self.advantage).__name__}
@@ -185,8 +190,12 @@ class Experiment:
         self.collector.shutdown()
         folder.save_curve(before)
         folder.save_before_after(before, after)
-        on_first(self.backbone.save)(str(folder.path / "lora"))
+        self._save(folder.path / "lora")
         return before, after
+
+    def _save(self, path: Path) -> None:
+        save = self.backbone.save if is_sharded(self.policy.parameters()) else on_first(self.backbone.save)
+        save(str(path))
 
     def _stop_if_broken(self, folder: RunFolder) -> None:
         skipped = sum(row[SKIPPED] for row in folder.rows)
@@ -205,9 +214,10 @@ class Experiment:
         folder: RunFolder,
         watch: OverOptimisationWatch,
     ) -> Checkpoints:
+        sharded = is_sharded(self.policy.parameters())
         parts: dict[str, Stateful] = {
             "loss": trained,
-            "optimizer": optimizer,
+            "optimizer": OwnShares(optimizer) if sharded else optimizer,
             "advantage": self.advantage,
             "environment": self.collector.env,
             "sampler": self.sampler,
@@ -219,7 +229,7 @@ class Experiment:
         if self.target_update is not None:
             parts["target_update"] = self.target_update
         identity = {**method, "settings": folder.config}
-        own = ("environment", "sampler", "buffer")
+        own = ("environment", "sampler", "buffer", *(("loss", "optimizer") if sharded else ()))
         return Checkpoints(folder.path / "checkpoints", parts, identity, of_each_process=own)
 
     def _resume(self, checkpoints: Checkpoints, folder: RunFolder) -> None:
@@ -236,7 +246,7 @@ class Experiment:
     ) -> dict[str, float]:
         """Log an evaluation, keep its weights if they are the best so far, warn; returns its metrics."""
         if verdict.keep:
-            on_first(self.backbone.save)(str(folder.path / "lora_best"))
+            self._save(folder.path / "lora_best")
         ending = "; the run ends here, with --watch.no-stop it goes on" if verdict.stop else ""
         for alarm in verdict.alarms:
             on_first(warnings.warn)(f"iteration {iteration}: {alarm}{ending}", OverOptimisationWarning, stacklevel=4)

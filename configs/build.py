@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from torch.distributed.device_mesh import init_device_mesh
 from torchrl.modules import ProbabilisticActor
 
 import rewards
@@ -21,7 +22,7 @@ from agents import (
     make_policy,
     trainable_steps,
 )
-from agents.distributed import join, rank_seed, seed_generators
+from agents.distributed import join, rank_seed, seed_generators, size
 from agents.metrics import FeatureExtractor
 from agents.policy import denoising_mean
 from diffusion_env import DenoisingEnv, LoRA, StableDiffusionBackbone, embedded_folder, prompt_set
@@ -35,7 +36,16 @@ KL_TRAJECTORIES = 16  # enough for a tenth of the mean, cheap beside the evaluat
 
 
 def build_backbone(settings: ModelSettings) -> StableDiffusionBackbone:
-    """Load the pipeline."""
+    """Load the pipeline.
+
+    Raises:
+        ValueError: it is to be sharded over processes and there is only this one.
+    """
+    if settings.shard and size() == 1:
+        raise ValueError(
+            "model.shard divides the UNet over processes, and there is only one: start several with torchrun "
+            "--nproc-per-node, or leave it out"
+        )
     lora = LoRA(settings.lora_rank, settings.lora_alpha, settings.lora_targets) if settings.lora_rank else None
     return StableDiffusionBackbone.from_pretrained(
         embedded_folder() if settings.name == "embedded" else settings.name,
@@ -44,6 +54,7 @@ def build_backbone(settings: ModelSettings) -> StableDiffusionBackbone:
         guidance_scale=settings.guidance_scale,
         lora=lora,
         gradient_checkpointing=settings.gradient_checkpointing,
+        mesh=init_device_mesh(torch.device(_device(settings)).type, (size(),)) if settings.shard else None,
     )
 
 

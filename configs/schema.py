@@ -39,6 +39,9 @@ class ModelSettings:
     """Names of the UNet's layers that get an adapter."""
     gradient_checkpointing: bool = False
     """Recompute activations: less memory, a third more time in training."""
+    shard: bool = False
+    """Divide the whole UNet, its gradients and the optimiser's state over torchrun's processes (FSDP2). With dtype
+    bfloat16 it computes in that, the weights being float32."""
 
     def __post_init__(self) -> None:
         """Refuse impossible numbers."""
@@ -46,8 +49,14 @@ class ModelSettings:
         _require(self.lora_rank >= 0, f"lora_rank={self.lora_rank} must be at least 0 (0 = train the whole UNet)")
         _require(self.lora_rank == 0 or self.lora_alpha > 0, f"lora_alpha={self.lora_alpha} must be above 0")
         _require(
-            self.lora_rank > 0 or self.dtype == "float32",
-            f"lora_rank=0 trains the whole UNet, which in {self.dtype} loses small updates; use dtype=float32",
+            not self.shard or self.lora_rank == 0,
+            f"shard divides a UNet that trains as a whole; with adapters (lora_rank={self.lora_rank}) each process has "
+            "all of it. Set lora_rank=0 or leave out shard",
+        )
+        _require(
+            self.lora_rank > 0 or self.dtype == "float32" or (self.shard and self.dtype == "bfloat16"),
+            f"lora_rank=0 trains the whole UNet, which in {self.dtype} loses small updates; use dtype=float32, or "
+            "bfloat16 with shard, which keeps float32 weights",
         )
 
 

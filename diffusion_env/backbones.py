@@ -19,6 +19,7 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from tensordict import TensorDict
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import logging as transformers_logging
@@ -26,11 +27,12 @@ from transformers.utils import logging as transformers_logging
 from .conditioning import ConditioningCache
 from .lora import ADAPTER, LORA_FILE, LoRA, add_lora
 from .samplers import DDIMSampler
+from .sharding import load_whole, save_whole, shard
 
 # Importing the pipeline makes transformers log that image processors, which nobody uses here, lack torchvision.
 _verbosity = transformers_logging.get_verbosity()
 transformers_logging.set_verbosity_error()
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel  # noqa: E402
+from diffusers import StableDiffusionPipeline  # noqa: E402
 
 transformers_logging.set_verbosity(_verbosity)
 
@@ -51,6 +53,7 @@ class StableDiffusionBackbone(nn.Module):
         guidance_scale: float = 5.0,
         lora: LoRA | None = None,
         gradient_checkpointing: bool = False,
+        mesh: DeviceMesh | None = None,
     ) -> None:
         """Take over `pipeline`, whose UNet is changed in place.
 
@@ -60,6 +63,8 @@ class StableDiffusionBackbone(nn.Module):
                 off and saves half of the network's work.
             lora: adapters to train; None trains the whole network.
             gradient_checkpointing: recompute activations in the backward pass.
+            mesh: processes over which the UNet, which may be on the CPU, and its frozen copy are divided, see
+                `diffusion_env/sharding.py`; without `lora` only. It then computes in the text encoder's dtype.
         """
         super().__init__()
         if guidance_scale < 1:
@@ -82,6 +87,11 @@ class StableDiffusionBackbone(nn.Module):
         cast_training_params(self.unet)  # float32 master weights, whatever the network computes in
         if gradient_checkpointing:
             self.unet.enable_gradient_checkpointing(_checkpointed)
+        if mesh is not None:
+            if lora is not None:
+                raise ValueError("a mesh divides a network that trains as a whole, not one with LoRA; leave one out")
+            for unet in (self.unet, *self._reference):
+                shard(unet, mesh, pipeline.text_encoder.dtype)
         self._negative = self._encode([""])
 
     @classmethod
@@ -95,6 +105,7 @@ class StableDiffusionBackbone(nn.Module):
         lora: LoRA | None = None,
         gradient_checkpointing: bool = False,
         channels_last: bool = True,
+        mesh: DeviceMesh | None = None,
     ) -> StableDiffusionBackbone:
         """Load a pipeline from a folder or by its hub name; the arguments are those of the constructor.
 
@@ -105,21 +116,27 @@ class StableDiffusionBackbone(nn.Module):
             guidance_scale: see the constructor.
             lora: see the constructor.
             gradient_checkpointing: see the constructor.
-            channels_last: memory format of UNet and VAE, faster on most machines.
+            channels_last: memory format of UNet and VAE, faster on most machines; a sharded UNet cannot have it.
+            mesh: see the constructor; `dtype` then also is what the float32 UNet computes in.
 
         Raises:
             ValueError: full fine-tuning in half precision, which loses small updates.
         """
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
-        if lora is None and dtype != "float32":
+        if lora is None and dtype != "float32" and (mesh is None or dtype == "float16"):
             raise ValueError(f"full fine-tuning in {dtype} loses small updates; use dtype='float32' or LoRA")
         # diffusers notes that a text encoder is not CLIP's; only its token states are used, so it need not be.
         logging.getLogger("diffusers.pipelines.pipeline_utils").addFilter(_is_no_type_note)
         try:
             pipeline = StableDiffusionPipeline.from_pretrained(
-                str(model), dtype=DTYPES[dtype], safety_checker=None, requires_safety_checker=False
-            ).to(device)
+                str(model),
+                dtype={"unet": DTYPES["float32" if mesh else dtype], "default": DTYPES[dtype]},
+                safety_checker=None,
+                requires_safety_checker=False,
+            )
+            for part in (pipeline.vae, pipeline.text_encoder, *([] if mesh else [pipeline.unet])):
+                part.to(device)
         except Exception as error:
             error.add_note(
                 f"The pipeline '{model}' could not be loaded. A folder must hold a whole Stable Diffusion pipeline in "
@@ -127,9 +144,16 @@ class StableDiffusionBackbone(nn.Module):
             )
             raise
         if channels_last:
-            pipeline.unet.to(memory_format=torch.channels_last)
+            if mesh is None:
+                pipeline.unet.to(memory_format=torch.channels_last)
             pipeline.vae.to(memory_format=torch.channels_last)
-        return cls(pipeline, guidance_scale=guidance_scale, lora=lora, gradient_checkpointing=gradient_checkpointing)
+        return cls(
+            pipeline,
+            guidance_scale=guidance_scale,
+            lora=lora,
+            gradient_checkpointing=gradient_checkpointing,
+            mesh=mesh,
+        )
 
     @property
     def pipeline(self) -> StableDiffusionPipeline:
@@ -213,9 +237,12 @@ class StableDiffusionBackbone(nn.Module):
                 self.unet = trained
 
     def save(self, folder: str | Path) -> None:
-        """Write what was trained: a folder for `pipe.load_lora_weights(folder)`, or the UNet in diffusers' format."""
+        """Write what was trained: a folder for `pipe.load_lora_weights(folder)`, or the UNet in diffusers' format.
+
+        All processes of a sharded UNet must call this; the first one writes.
+        """
         if self.lora is None:
-            self.unet.save_pretrained(folder)
+            save_whole(self.unet, folder)
             return
         StableDiffusionPipeline.save_lora_weights(
             str(folder),
@@ -234,7 +261,7 @@ class StableDiffusionBackbone(nn.Module):
         if self.lora is None:
             if not (folder / "config.json").is_file():
                 raise FileNotFoundError(f"{folder} holds no UNet in diffusers' format, which full fine-tuning saves")
-            self.unet.load_state_dict(UNet2DConditionModel.from_pretrained(folder).state_dict())
+            load_whole(self.unet, folder)
             return
         saved, own = LoRA.saved_in(folder), replace(self.lora, targets=tuple(sorted(self.lora.targets)))
         if saved != own:
