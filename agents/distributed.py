@@ -29,6 +29,14 @@ BUCKET = 2**24  # elements that are exchanged at a time
 class LostProcessError(RuntimeError):
     """An exchange failed, most likely because another process has ended."""
 
+    def __init__(self, error: Exception) -> None:
+        """The exchange raised `error`."""
+        super().__init__(
+            f"process {rank()} of {size()} can no longer reach the others ({error}). Another process has ended: its "
+            "message stands above, or there is none because it was killed (the system may do so when memory runs "
+            "out). This one ends, too; --resume continues after the newest checkpoint"
+        )
+
 
 def join(device: str) -> None:
     """Join the other processes if `torchrun` started this one; nothing when that has been done.
@@ -129,11 +137,7 @@ def _exchange() -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        raise LostProcessError(
-            f"process {rank()} of {size()} can no longer reach the others ({error}). Another process has ended: its "
-            "message stands above, or there is none because it was killed (the system may do so when memory runs "
-            "out). This one ends, too; --resume continues after the newest checkpoint"
-        ) from error
+        raise LostProcessError(error) from error
 
 
 def gathered(value: T) -> list[T]:

@@ -30,7 +30,7 @@ from .memory import memory_advice
 from .profiling import Profile
 from .rollout import TransitionSampler
 from .run_folder import RunFolder
-from .sharding import OwnShares, by_sharding, is_sharded
+from .sharding import OwnShares, by_sharding, is_sharded, naming_lost_processes
 from .stopping import StopRequest, leave
 from .training import SKIPPED, Check, train
 from .watch import NO_VERDICT, OverOptimisationWarning, OverOptimisationWatch, Verdict, WatchRule
@@ -96,6 +96,7 @@ class Experiment:
     """When the run is taken to over-optimise its reward, see `agents/watch.py`."""
 
     @memory_advice()
+    @naming_lost_processes()
     def run(
         self, loss: LossModule, folder: RunFolder, *, checks: Sequence[Check] = (), resume_command: str | None = None
     ) -> tuple[Evaluation, Evaluation]:

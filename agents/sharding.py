@@ -6,16 +6,18 @@ one. Processes call the network together: one that has fewer transitions borrows
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
+from torch.distributed import DistError
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
-from .distributed import gathered
+from .distributed import LostProcessError, gathered
 
 
 def is_sharded(tensors: Iterable[Tensor]) -> bool:
@@ -55,6 +57,18 @@ def borrowed(transitions: TensorDictBase) -> TensorDictBase:
     """`transitions` [N], or where there are none one of another process, [1]."""
     offered = gathered(transitions[:1].clone().cpu())
     return transitions if len(transitions) else next(each for each in offered if len(each)).to(transitions.device)
+
+
+@contextmanager
+def naming_lost_processes() -> Iterator[None]:
+    """Make of what FSDP's own exchanges raise the `LostProcessError` of all others; also a decorator."""
+    try:
+        yield
+    except RuntimeError as error:
+        lost = isinstance(error, DistError) or "gloo" in str(error)  # which raises a plain RuntimeError
+        if lost and not isinstance(error, LostProcessError):
+            raise LostProcessError(error) from error
+        raise
 
 
 class OwnShares:

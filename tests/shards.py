@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
 from torchrl.objectives import A2CLoss, SoftUpdate
 
 from agents import (
@@ -70,10 +69,6 @@ REFUSED = {
 }
 
 
-def whole(tensor):
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 class Bench:
     """A policy that trains as a whole, its loss by name, a rollout."""
 
@@ -109,8 +104,8 @@ class Bench:
         return make(self.trained), rows.clone()
 
     def weights(self, loss):
-        """All that trains, as one vector."""
-        return torch.cat([whole(each).detach().flatten() for each in loss.parameters() if each.requires_grad])
+        """All that trains, of what is sharded this process's share."""
+        return [local(each).detach().clone() for each in loss.parameters() if each.requires_grad]
 
 
 def optimizer(loss, **settings):
@@ -154,7 +149,7 @@ def broken(bench):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         metrics = update(loss, made, parameters, own(rows, 6), 4, 0.1)
-    unchanged = torch.equal(bench.weights(loss), before) and not made.state
+    unchanged = all(map(torch.equal, bench.weights(loss), before)) and not made.state
     return {"metrics": metrics, "unchanged": unchanged, "warnings": [str(each.message) for each in caught]}
 
 
@@ -188,7 +183,6 @@ def runs(pipeline, folder):
     from_first(lambda: prompts.write_text("a cat\na dog\nan ant\na bee\n"))
     for name, sharded in (("whole", False), ("sharded", True)):
         settings = RunSettings(
-            reward="jpeg-compressibility",
             output=folder / name,
             evaluate_every=2,
             evaluation_samples=1,
