@@ -1,8 +1,9 @@
 """Several processes of one run, as `torchrun` starts them: the only file that knows of ranks.
 
-Every process has the whole model and samples images of its own; gradients are summed after the backward pass, with no
-wrapper around losses, and statistics are taken over the images of all processes. On a single process each function
-here is an identity. All processes must come to each exchange, in the same order.
+Every process has the whole model (or a share of it, see `sharding.py`) and samples images of its own; gradients are
+summed after the backward pass, with no wrapper around losses, and statistics are taken over the images of all
+processes. On a single process each function here is an identity. All processes must come to each exchange, in the same
+order.
 """
 
 from __future__ import annotations
