@@ -25,6 +25,7 @@ from torchrl.checkpoint import Checkpoint, CheckpointRotation, GlobalRNGState, S
 from torchrl.objectives import LossModule
 
 from .distributed import collected, on_first, rank, size
+from .sharding import is_sharded, local
 
 KEPT = 2
 RANDOM = "random_states"
@@ -59,7 +60,14 @@ class TrainedState:
         self._pretrained = {id(parameter) for parameter in policy.parameters() if not parameter.requires_grad}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The tensors by name, sharing memory with the loss."""
+        """The tensors by name, sharing memory with the loss; of those that are sharded this process's share."""
+        return local(self._tensors())
+
+    def replicated(self) -> dict[str, Tensor]:
+        """Those of them that are not sharded over processes: each process has them, and they must be equal."""
+        return {key: value for key, value in self._tensors().items() if not is_sharded([value])}
+
+    def _tensors(self) -> dict[str, Tensor]:
         state = self._loss.state_dict(keep_vars=True)
         return {key: value.detach() for key, value in state.items() if id(value) not in self._pretrained}
 

@@ -1,8 +1,9 @@
 """Several processes of one run, as `torchrun` starts them: the only file that knows of ranks.
 
-Every process has the whole model and samples images of its own; gradients are summed after the backward pass, with no
-wrapper around losses, and statistics are taken over the images of all processes. On a single process each function
-here is an identity. All processes must come to each exchange, in the same order.
+Every process has the whole model (or a share of it, see `sharding.py`) and samples images of its own; gradients are
+summed after the backward pass, with no wrapper around losses, and statistics are taken over the images of all
+processes. On a single process each function here is an identity. All processes must come to each exchange, in the same
+order.
 """
 
 from __future__ import annotations
@@ -28,6 +29,14 @@ BUCKET = 2**24  # elements that are exchanged at a time
 
 class LostProcessError(RuntimeError):
     """An exchange failed, most likely because another process has ended."""
+
+    def __init__(self, error: Exception) -> None:
+        """The exchange raised `error`."""
+        super().__init__(
+            f"process {rank()} of {size()} can no longer reach the others ({error}). Another process has ended: its "
+            "message stands above, or there is none because it was killed (the system may do so when memory runs "
+            "out). This one ends, too; --resume continues after the newest checkpoint"
+        )
 
 
 def join(device: str) -> None:
@@ -134,11 +143,7 @@ def _exchange() -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        raise LostProcessError(
-            f"process {rank()} of {size()} can no longer reach the others ({error}). Another process has ended: its "
-            "message stands above, or there is none because it was killed (the system may do so when memory runs "
-            "out). This one ends, too; --resume continues after the newest checkpoint"
-        ) from error
+        raise LostProcessError(error) from error
 
 
 def gathered(value: T) -> list[T]:

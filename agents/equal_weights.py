@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from hashlib import blake2b
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,26 +15,18 @@ class UnequalWeightsError(RuntimeError):
     """The processes train different models."""
 
 
-class Weights(Protocol):
-    """What is compared: anything whose state is tensors by name."""
-
-    def state_dict(self) -> Mapping[str, Tensor]:
-        """The tensors."""
-        ...
-
-
 class EqualWeights:
     """For `optimizer.register_step_post_hook`: `check_equal` after every `every`-th update."""
 
-    def __init__(self, weights: Weights, every: int) -> None:
-        """Compare the state of `weights`."""
+    def __init__(self, weights: Callable[[], Mapping[str, Tensor]], every: int) -> None:
+        """Compare what `weights` gives, tensors by name."""
         self._weights, self._every, self._updates = weights, every, 0
 
     def __call__(self, *_: object) -> None:
         """Count an update."""
         self._updates += 1
         if self._updates % self._every == 0:
-            check_equal(self._weights.state_dict())
+            check_equal(self._weights())
 
 
 def check_equal(weights: Mapping[str, Tensor]) -> None:

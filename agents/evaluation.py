@@ -16,7 +16,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from diffusion_env import DenoisingEnv, checked_reward
 from diffusion_env.scoring import Reward
 
-from .distributed import shared_out
+from .distributed import from_first, shared_out
 from .metrics import (
     FeatureExtractor,
     diversity,
@@ -26,6 +26,7 @@ from .metrics import (
     prompt_frechet_distance,
     standard_error,
 )
+from .sharding import is_sharded
 
 QUANTILES = {"p10": 0.1, "p50": 0.5, "p90": 0.9}
 
@@ -123,11 +124,16 @@ class Evaluator:
     def __call__(self, policy: TensorDictModule) -> Evaluation:
         """Images and rewards of `policy`; random states of the caller are left as they were.
 
-        Several processes share the chunks out among them; each has the whole evaluation, that of a single one.
+        Several processes share the chunks out among them; each has the whole evaluation, that of a single one. Those of
+        a sharded network work on all chunks together, and have the first one's numbers.
         """
         size = self._env.batch_size[0]
         chunks = zip(self.prompt_id.split(size), self.latents.split(size), strict=True)
-        return _joined(shared_out([partial(self._chunk, policy, n * size, *chunk) for n, chunk in enumerate(chunks)]))
+        jobs = [partial(self._chunk, policy, n * size, *chunk) for n, chunk in enumerate(chunks)]
+        if not is_sharded(policy.parameters()):
+            return _joined(shared_out(jobs))
+        evaluation = _joined([job() for job in jobs])
+        return from_first(lambda: evaluation)
 
     def _chunk(self, policy: TensorDictModule, first: int, prompt_id: Tensor, latents: Tensor) -> Evaluation:
         """Images number `first` and following."""

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -30,6 +31,7 @@ from .memory import memory_advice
 from .profiling import Profile
 from .rollout import TransitionSampler
 from .run_folder import RunFolder
+from .sharding import OwnShares, by_sharding, is_sharded, naming_lost_processes
 from .stopping import StopRequest, leave
 from .training import SKIPPED, Check, Metrics, train
 from .watch import NO_VERDICT, OverOptimisationWarning, OverOptimisationWatch, Verdict, WatchRule
@@ -40,7 +42,7 @@ class Saveable(Protocol):
     """What can write the trained weights to a folder."""
 
     def save(self, folder: str) -> None:
-        """Write them."""
+        """Write them; sharded ones when all processes call it, and then on the first one alone."""
         ...
 
 
@@ -96,6 +98,7 @@ class Experiment:
     """When the run is taken to over-optimise its reward, see `agents/watch.py`."""
 
     @memory_advice()
+    @naming_lost_processes()
     def run(
         self, loss: LossModule, folder: RunFolder, *, checks: Sequence[Check] = (), resume_command: str | None = None
     ) -> tuple[Evaluation, Evaluation]:
@@ -116,16 +119,12 @@ class Experiment:
             UnequalWeightsError, LostProcessError: of several processes one trains another model, or has ended.
             SystemExit: SIGTERM or Ctrl-C came; the status is 128 and the signal's number, as shells have it.
         """
-        trainable = [parameter for parameter in loss.parameters() if parameter.requires_grad]
-        trained = TrainedState(loss, self.policy)
-        share_weights(trained.state_dict())
-        draw_apart()
-        # One kernel for all parameters instead of a loop over hundreds of small ones.
         settings = self.optimisation
-        optimizer = torch.optim.AdamW(
-            trainable, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
-        )
-        optimizer.register_step_post_hook(EqualWeights(trained, settings.compare_processes_every))
+        trained = TrainedState(loss, self.policy)
+        share_weights(trained.replicated())
+        draw_apart()
+        optimizer = self.optimizer(loss)
+        optimizer.register_step_post_hook(EqualWeights(trained.replicated, settings.compare_processes_every))
         before = after = self.evaluator(self.policy)
         watch = OverOptimisationWatch(self.watch, before)
         method = {"loss": type(loss).__name__, "advantage": type(self.advantage).__name__}
@@ -171,8 +170,18 @@ class Experiment:
             after = self.evaluator(self.policy)
         folder.save_curve(before)
         folder.save_before_after(before, after)
-        on_first(self.backbone.save)(str(folder.path / "lora"))
+        self._save(folder.path / "lora")
         return before, after
+
+    def optimizer(self, loss: LossModule) -> torch.optim.Optimizer:
+        """AdamW over what of `loss` trains."""
+        trainable = (parameter for parameter in loss.parameters() if parameter.requires_grad)
+        return torch.optim.AdamW(
+            [{"params": group} for group in by_sharding(trainable)],
+            lr=self.optimisation.learning_rate,
+            weight_decay=self.optimisation.weight_decay,
+            fused=True,  # one kernel for all parameters instead of a loop over hundreds of small ones
+        )
 
     def loop(
         self, loss: LossModule, optimizer: torch.optim.Optimizer, checks: Sequence[Check] = ()
@@ -197,6 +206,10 @@ class Experiment:
             prompts=self.collector.env.prompts,
         )
 
+    def _save(self, path: Path) -> None:
+        save = self.backbone.save if is_sharded(self.policy.parameters()) else on_first(self.backbone.save)
+        save(str(path))
+
     def _stop_if_broken(self, folder: RunFolder) -> None:
         skipped = sum(row[SKIPPED] for row in folder.rows)
         if skipped > self.optimisation.max_skipped_updates:
@@ -214,9 +227,10 @@ class Experiment:
         folder: RunFolder,
         watch: OverOptimisationWatch,
     ) -> Checkpoints:
+        sharded = is_sharded(self.policy.parameters())
         parts: dict[str, Stateful] = {
             "loss": trained,
-            "optimizer": optimizer,
+            "optimizer": OwnShares(optimizer) if sharded else optimizer,
             "advantage": self.advantage,
             "environment": self.collector.env,
             "sampler": self.sampler,
@@ -228,7 +242,7 @@ class Experiment:
         if self.target_update is not None:
             parts["target_update"] = self.target_update
         identity = {**method, "settings": folder.config}
-        own = ("environment", "sampler", "buffer")
+        own = ("environment", "sampler", "buffer", *(("loss", "optimizer") if sharded else ()))
         return Checkpoints(folder.path / "checkpoints", parts, identity, of_each_process=own)
 
     def _resume(self, checkpoints: Checkpoints, folder: RunFolder) -> None:
@@ -245,7 +259,7 @@ class Experiment:
     ) -> dict[str, float]:
         """Log an evaluation, keep its weights if they are the best so far, warn; returns its metrics."""
         if verdict.keep:
-            on_first(self.backbone.save)(str(folder.path / "lora_best"))
+            self._save(folder.path / "lora_best")
         ending = "; the run ends here, with --watch.no-stop it goes on" if verdict.stop else ""
         for alarm in verdict.alarms:
             on_first(warnings.warn)(f"iteration {iteration}: {alarm}{ending}", OverOptimisationWarning, stacklevel=5)

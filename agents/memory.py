@@ -10,7 +10,8 @@ import torch
 ADVICE = (
     "Out of memory. In training, lower --training.micro-batch (it changes nothing else) or set "
     "--model.gradient-checkpointing; in sampling, lower --sampling.batch-size; in both, --model.lora-rank "
-    "instead of the whole UNet (0) and --model.dtype bfloat16 need less"
+    "instead of the whole UNet (0) and --model.dtype bfloat16 need less; under torchrun --model.shard "
+    "divides the whole one"
 )
 
 

@@ -37,6 +37,7 @@ from diffusion_env import StepCoefficients
 from .policy import denoising_mean
 from .policy_loss import PolicyLoss
 from .scores import Evaluated, StepScores, Weighting, balance_scores, pull_back, residual_scores, step_weight
+from .sharding import refuse_sharded
 
 
 def matching(score: Tensor, target: Tensor | float, weight: Tensor | float) -> Tensor:
@@ -101,9 +102,11 @@ class NablaDBLoss(PolicyLoss):
                 leave the correction to follow the policy.
 
         Raises:
-            ValueError: a term would train nothing, no step has a density, or a number is out of range.
+            ValueError: a term would train nothing, no step has a density, the network is sharded, or a number is out
+                of range.
         """
         super().__init__()
+        refuse_sharded(policy, "Nabla-DB")
         if backward_weight is None:
             backward_weight = float(correction is not None or backward_trains_policy)
         if backward_weight > 0 and correction is None and not backward_trains_policy:

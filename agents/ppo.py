@@ -24,7 +24,13 @@ def ddpo_is_loss(policy: ProbabilisticActor, *, clip_range: float = 1e-4) -> Cli
     if clip_range <= 0:
         raise ValueError(f"clip_range is {clip_range}; it must be above 0")
     return ClipPPOLoss(
-        policy, None, clip_epsilon=clip_range, entropy_bonus=False, critic_coeff=None, normalize_advantage=False
+        policy,
+        None,
+        clip_epsilon=clip_range,
+        entropy_bonus=False,
+        critic_coeff=None,
+        normalize_advantage=False,
+        functional=False,  # there is no second set of weights to put in the network's place
     )
 
 

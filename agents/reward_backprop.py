@@ -34,6 +34,7 @@ from .differentiable_reward import check_differentiable, score
 from .policy import denoising_mean
 from .policy_loss import PolicyLoss
 from .rollout import TransitionSampler
+from .sharding import refuse_sharded
 
 
 def clipped_shortfall(reward: Tensor, ceiling: float) -> Tensor:
@@ -165,6 +166,8 @@ class AlignPropLoss(RewardBackpropLoss):
     ) -> None:
         """Train `policy` on the differentiable `reward`; the largest K is T where `max_steps` is None."""
         start_steps = _start_steps(policy, min_steps, max_steps)
+        if len(start_steps) > 1:
+            refuse_sharded(policy, "AlignProp")
         super().__init__(policy, reward, start_steps, gradient_checkpointing=gradient_checkpointing)
 
 

@@ -9,6 +9,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import zip_longest
 
 import torch
 from tensordict import TensorDictBase
@@ -21,6 +22,7 @@ from torchrl.objectives.utils import TargetNetUpdater
 
 from .distributed import gathered, in_step, joined, on_first, sum_gradients
 from .rollout import TransitionSampler
+from .sharding import borrowed, clip_gradients, is_sharded, whole
 
 Metrics = dict[str, float]
 Check = Callable[[TensorDictBase], Metrics]
@@ -55,7 +57,7 @@ def train(
         collector: yields whole trajectories [B, T] of the current policy (with `share_latents` as its `postproc`).
         loss: reads transitions [N] and returns a TensorDict whose `loss_*` entries are summed and minimised; the
             others are logged.
-        optimizer: over the loss's trainable parameters.
+        optimizer: over the loss's trainable parameters; groups of its do not mix sharded and other ones.
         advantage: writes what the loss needs beside the rollout, once a batch; may leave out whole trajectories.
         sampler: which transitions train.
         updates_per_epoch: optimiser steps in one pass over the chosen transitions.
@@ -97,7 +99,8 @@ def train(
             sums: dict[str, list[float]] = defaultdict(list)
             nothing = data[:0, 0]
             for minibatch in in_step(_minibatches(fresh, buffer, epochs, updates_per_epoch), nothing):
-                found = _checked(pending, minibatch[:micro_batch])
+                first = minibatch[:micro_batch]
+                found = _checked(pending, borrowed(first) if pending and is_sharded(parameters) else first)
                 made = update(loss, optimizer, parameters, minibatch, micro_batch, max_grad_norm, prompts=prompts)
                 for key, value in (found | made).items():
                     sums[key].append(value)
@@ -165,29 +168,34 @@ def update(
     """One optimiser step on transitions [N], accumulated over micro-batches.
 
     Where the gradient is not finite nothing is changed, and a `SkippedUpdateWarning` names the transition to blame.
-    With several processes the step is that of all their transitions together, of which one may have more, or none.
+    With several processes the step is that of all their transitions together, of which one may have more, or none;
+    those of a sharded network go through it equally often.
 
     Returns:
         The averaged loss entries, `grad_norm` and `skipped_updates` 0; of a skipped update `skipped_updates` 1 alone.
     """
     metrics: dict[str, Tensor] = {}
-    parts = minibatch.split(micro_batch) if len(minibatch) else ()
-    transitions = sum(gathered(len(minibatch)))
-    for part in parts:
+    parts = list(minibatch.split(micro_batch)) if len(minibatch) else []
+    counts = gathered(len(minibatch))
+    shares = [len(part) / sum(counts) for part in parts]
+    if is_sharded(parameters):  # what is filled in has no share
+        parts += [borrowed(minibatch)[:1]] * (-(-max(counts) // micro_batch) - len(parts))
+    for part, share in zip_longest(parts, shares, fillvalue=0.0):
         losses = loss(part)
-        share = len(part) / transitions
         (_objective(losses) * share).backward()
         for key, value in losses.items():
             metrics[key] = metrics.get(key, 0) + share * value.detach().float().mean()
-    sum_gradients(parameters)
-    norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    sum_gradients(whole(parameters))
+    norm = clip_gradients(parameters, max_grad_norm)
     if not norm.isfinite():
         optimizer.zero_grad()
-        blamed = gathered(_describe(_blame(loss, optimizer, parameters, parts), prompts))
+        culprit = "which transition is to blame cannot be searched for in a sharded network"
+        if not is_sharded(parameters):
+            blamed = gathered(_describe(_blame(loss, optimizer, parameters, parts), prompts))
+            culprit = next(filter(None, blamed), "no single transition is to blame")
         on_first(warnings.warn)(
-            f"an update was skipped, as the gradient's norm is {norm.item()}: "
-            f"{next(filter(None, blamed), 'no single transition is to blame')}. Where it happens again, lower the "
-            "learning rate, or look for a half-precision reward or network that overflows",
+            f"an update was skipped, as the gradient's norm is {norm.item()}: {culprit}. Where it happens again, lower "
+            "the learning rate, or look for a half-precision reward or network that overflows",
             SkippedUpdateWarning,
             stacklevel=3,
         )

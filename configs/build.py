@@ -10,6 +10,7 @@ from pathlib import Path
 import diffusers.utils.logging
 import torch
 import transformers.utils.logging
+from torch.distributed.device_mesh import init_device_mesh
 from torchrl.collectors import Collector
 from torchrl.modules import ProbabilisticActor
 
@@ -27,7 +28,7 @@ from agents import (
     make_worker_collector,
     trainable_steps,
 )
-from agents.distributed import join, rank_seed, seed_generators
+from agents.distributed import join, rank_seed, seed_generators, size
 from agents.metrics import FeatureExtractor
 from agents.policy import denoising_mean
 from agents.worker_collector import check_workers
@@ -42,7 +43,16 @@ KL_TRAJECTORIES = 16  # enough for a tenth of the mean, cheap beside the evaluat
 
 
 def build_backbone(settings: ModelSettings) -> StableDiffusionBackbone:
-    """Load the pipeline."""
+    """Load the pipeline.
+
+    Raises:
+        ValueError: it is to be sharded over processes and there is only this one.
+    """
+    if settings.shard and size() == 1:
+        raise ValueError(
+            "model.shard divides the UNet over processes, and there is only one: start several with torchrun "
+            "--nproc-per-node, or leave it out"
+        )
     lora = LoRA(settings.lora_rank, settings.lora_alpha, settings.lora_targets) if settings.lora_rank else None
     return StableDiffusionBackbone.from_pretrained(
         embedded_folder() if settings.name == "embedded" else settings.name,
@@ -54,6 +64,7 @@ def build_backbone(settings: ModelSettings) -> StableDiffusionBackbone:
         channels_last=settings.channels_last,
         fold_lora=settings.fold_lora,
         compile=settings.compile,
+        mesh=init_device_mesh(torch.device(_device(settings)).type, (size(),)) if settings.shard else None,
     )
 
 

@@ -80,6 +80,7 @@ def parse_settings(
     *,
     adapt: Callable[[RunSettings], RunSettings] = lambda preset: preset,
     needs_gradient: bool = False,
+    shardable: bool = True,
     unused: Sequence[str] = (),
 ) -> RunSettings:
     """Settings from the command line over those of `--preset` and `--experiment`; leaves with a message if impossible.
@@ -89,6 +90,7 @@ def parse_settings(
         arguments: instead of `sys.argv[1:]`.
         adapt: changes preset and experiment to what this program needs.
         needs_gradient: the program differentiates the reward; one without a gradient is refused.
+        shardable: the program's loss trains a network that is sharded over processes; if not, that is refused.
         unused: training settings that mean nothing to the program's method; other values of them are refused.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
@@ -105,6 +107,11 @@ def parse_settings(
             settings = tyro.cli(RunSettings, default=default, args=arguments, description=description)
         if needs_gradient:
             _require_gradient(settings)
+        if settings.model.shard and not shardable:
+            raise ValueError(
+                "model.shard: how often this program's method calls the network depends on what a process has drawn, "
+                "and those of a sharded network call it together; leave it out, with LoRA if memory is short"
+            )
         _refuse_unused(settings.training, adapt(PRESETS[settings.preset]()).training, unused)
     except (OSError, ValueError) as error:
         chooser.error(str(error))

@@ -48,6 +48,9 @@ class ModelSettings:
     compile: bool = False
     """Exact but for rounding. torch.compile the network: minutes at the start and at every new batch size, which only a
     long run on a GPU is likely to win back."""
+    shard: bool = False
+    """Divide the whole UNet, its gradients and the optimiser's state over torchrun's processes (FSDP2). With dtype
+    bfloat16 it computes in that, the weights being float32."""
 
     def __post_init__(self) -> None:
         """Refuse impossible numbers."""
@@ -55,8 +58,15 @@ class ModelSettings:
         _require(self.lora_rank >= 0, f"lora_rank={self.lora_rank} must be at least 0 (0 = train the whole UNet)")
         _require(self.lora_rank == 0 or self.lora_alpha > 0, f"lora_alpha={self.lora_alpha} must be above 0")
         _require(
-            self.lora_rank > 0 or self.dtype == "float32",
-            f"lora_rank=0 trains the whole UNet, which in {self.dtype} loses small updates; use dtype=float32",
+            not self.shard or self.lora_rank == 0,
+            f"shard divides a UNet that trains as a whole; with adapters (lora_rank={self.lora_rank}) each process has "
+            "all of it. Set lora_rank=0 or leave out shard",
+        )
+        _require(not (self.shard and self.compile), "shard and compile have not been made to fit; leave out one")
+        _require(
+            self.lora_rank > 0 or self.dtype == "float32" or (self.shard and self.dtype == "bfloat16"),
+            f"lora_rank=0 trains the whole UNet, which in {self.dtype} loses small updates; use dtype=float32, or "
+            "bfloat16 with shard, which keeps float32 weights",
         )
 
 

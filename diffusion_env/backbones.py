@@ -19,6 +19,7 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from tensordict import TensorDict
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import logging as transformers_logging
@@ -26,11 +27,12 @@ from transformers.utils import logging as transformers_logging
 from .conditioning import ConditioningCache
 from .lora import ADAPTER, LORA_FILE, LoRA, add_lora
 from .samplers import DDIMSampler
+from .sharding import load_whole, save_whole, shard
 
 # Importing the pipeline makes transformers log that image processors, which nobody uses here, lack torchvision.
 _verbosity = transformers_logging.get_verbosity()
 transformers_logging.set_verbosity_error()
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel  # noqa: E402
+from diffusers import StableDiffusionPipeline  # noqa: E402
 
 transformers_logging.set_verbosity(_verbosity)
 
@@ -53,6 +55,7 @@ class StableDiffusionBackbone(nn.Module):
         gradient_checkpointing: bool = False,
         fold_lora: bool = True,
         compile: bool = False,
+        mesh: DeviceMesh | None = None,
     ) -> None:
         """Take over `pipeline`, whose UNet is changed in place.
 
@@ -67,6 +70,8 @@ class StableDiffusionBackbone(nn.Module):
                 the sum would round small adapters away, and PEFT's own layers serve.
             compile: `torch.compile` the network, which takes minutes when it is first called and again at every other
                 batch size; the same numbers but for rounding.
+            mesh: processes over which the UNet, which may be on the CPU, and its frozen copy are divided, see
+                `diffusion_env/sharding.py`; without `lora` only. It then computes in the text encoder's dtype.
         """
         super().__init__()
         if guidance_scale < 1:
@@ -91,6 +96,11 @@ class StableDiffusionBackbone(nn.Module):
             self.unet.enable_gradient_checkpointing(_checkpointed)
         if compile:
             self.unet.compile()
+        if mesh is not None:
+            if lora is not None or compile:
+                raise ValueError("a mesh divides a network that trains as a whole and is not compiled; leave one out")
+            for unet in (self.unet, *self._reference):
+                shard(unet, mesh, pipeline.text_encoder.dtype)
         self._negative = self._encode([""])
 
     @classmethod
@@ -106,6 +116,7 @@ class StableDiffusionBackbone(nn.Module):
         fold_lora: bool = True,
         compile: bool = False,
         channels_last: bool = True,
+        mesh: DeviceMesh | None = None,
     ) -> StableDiffusionBackbone:
         """Load a pipeline from a folder or by its hub name; the arguments are those of the constructor.
 
@@ -118,21 +129,27 @@ class StableDiffusionBackbone(nn.Module):
             gradient_checkpointing: see the constructor.
             fold_lora: see the constructor.
             compile: see the constructor.
-            channels_last: memory format of UNet and VAE, faster on most machines.
+            channels_last: memory format of UNet and VAE, faster on most machines; a sharded UNet cannot have it.
+            mesh: see the constructor; `dtype` then also is what the float32 UNet computes in.
 
         Raises:
             ValueError: full fine-tuning in half precision, which loses small updates.
         """
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
-        if lora is None and dtype != "float32":
+        if lora is None and dtype != "float32" and (mesh is None or dtype == "float16"):
             raise ValueError(f"full fine-tuning in {dtype} loses small updates; use dtype='float32' or LoRA")
         # diffusers notes that a text encoder is not CLIP's; only its token states are used, so it need not be.
         logging.getLogger("diffusers.pipelines.pipeline_utils").addFilter(_is_no_type_note)
         try:
             pipeline = StableDiffusionPipeline.from_pretrained(
-                str(model), dtype=DTYPES[dtype], safety_checker=None, requires_safety_checker=False
-            ).to(device)
+                str(model),
+                dtype={"unet": DTYPES["float32" if mesh else dtype], "default": DTYPES[dtype]},
+                safety_checker=None,
+                requires_safety_checker=False,
+            )
+            for part in (pipeline.vae, pipeline.text_encoder, *([] if mesh else [pipeline.unet])):
+                part.to(device)
         except Exception as error:
             error.add_note(
                 f"The pipeline '{model}' could not be loaded. A folder must hold a whole Stable Diffusion pipeline in "
@@ -140,7 +157,8 @@ class StableDiffusionBackbone(nn.Module):
             )
             raise
         if channels_last:
-            pipeline.unet.to(memory_format=torch.channels_last)
+            if mesh is None:
+                pipeline.unet.to(memory_format=torch.channels_last)
             pipeline.vae.to(memory_format=torch.channels_last)
         return cls(
             pipeline,
@@ -149,6 +167,7 @@ class StableDiffusionBackbone(nn.Module):
             gradient_checkpointing=gradient_checkpointing,
             fold_lora=fold_lora,
             compile=compile,
+            mesh=mesh,
         )
 
     @property
@@ -233,9 +252,12 @@ class StableDiffusionBackbone(nn.Module):
                 self.unet = trained
 
     def save(self, folder: str | Path) -> None:
-        """Write what was trained: a folder for `pipe.load_lora_weights(folder)`, or the UNet in diffusers' format."""
+        """Write what was trained: a folder for `pipe.load_lora_weights(folder)`, or the UNet in diffusers' format.
+
+        All processes of a sharded UNet must call this; the first one writes.
+        """
         if self.lora is None:
-            self.unet.save_pretrained(folder)
+            save_whole(self.unet, folder)
             return
         StableDiffusionPipeline.save_lora_weights(
             str(folder),
@@ -254,7 +276,7 @@ class StableDiffusionBackbone(nn.Module):
         if self.lora is None:
             if not (folder / "config.json").is_file():
                 raise FileNotFoundError(f"{folder} holds no UNet in diffusers' format, which full fine-tuning saves")
-            self.unet.load_state_dict(UNet2DConditionModel.from_pretrained(folder).state_dict())
+            load_whole(self.unet, folder)
             return
         saved, own = LoRA.saved_in(folder), replace(self.lora, targets=tuple(sorted(self.lora.targets)))
         if saved != own:

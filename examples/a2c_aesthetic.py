@@ -21,7 +21,7 @@ def main(settings: RunSettings) -> tuple[Evaluation, Evaluation]:
     say(f"{settings.reward} on {settings.model.name}, {settings.sampling.prompts} prompts, seed {settings.seed}")
     experiment = build_experiment(settings)
     critic = make_critic(experiment.policy)
-    loss = A2CLoss(experiment.policy, critic, entropy_bonus=False)
+    loss = A2CLoss(experiment.policy, critic, entropy_bonus=False, functional=False)
     if settings.training.kl_penalty:
         loss = KLPenalty(loss, experiment.policy, coefficient=settings.training.kl_penalty)
     # The reward at the end rather than the next value: the critic starts at 0, far from any reward.

@@ -98,4 +98,6 @@ def adapt(preset: RunSettings) -> RunSettings:
 
 
 if __name__ == "__main__":
-    main(parse_settings(__doc__, adapt=adapt, needs_gradient=True, unused=("clip_range", "kl_penalty")))
+    main(
+        parse_settings(__doc__, adapt=adapt, needs_gradient=True, shardable=False, unused=("clip_range", "kl_penalty"))
+    )

@@ -182,7 +182,7 @@ def comparison(bench):
     """At which update, of those that compare every second one, a difference of the second process is found."""
     layer = nn.Linear(2, 2)
     share_weights(layer.state_dict())
-    compare = EqualWeights(layer, every=2)
+    compare = EqualWeights(layer.state_dict, every=2)
     for number in range(1, 5):
         if number == 3 and rank() == 1:
             layer.bias.data[1] += 1e-7
