@@ -32,7 +32,7 @@ class Settings:
     """How long, and of what."""
 
     minutes: float = 60.0
-    """How long the job runs."""
+    """How long the job runs, at least one iteration."""
     interval: float = 30.0
     """Seconds between readings."""
     options: tuple[str, ...] = ()
@@ -67,7 +67,9 @@ def soak(settings: Settings) -> list[dict[str, object]]:
     measured_by, rows, start = provenance(), [], time.monotonic()
     job = subprocess.Popen([*command, "--output", str(settings.output), *settings.options])
     process = psutil.Process(job.pid)
-    while (minutes := (time.monotonic() - start) / 60) < settings.minutes:
+    minutes, done = 0.0, 0
+    while minutes < settings.minutes or not done:
+        minutes = (time.monotonic() - start) / 60
         done = len(read_rows(settings.output / "metrics.csv"))
         reading = {"minutes": round(minutes, 2), "iterations": done, "mebibytes": round(resident(process), 1)}
         rows.append({**reading, **measured_by})

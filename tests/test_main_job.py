@@ -5,13 +5,14 @@ The latter takes about forty minutes on two cores (`make test-long`).
 
 from importlib import import_module
 
+import numpy as np
 import pytest
 import torch
 
-from agents import ScoreFunctionLoss, make_policy, share_latents
+from agents import Evaluation, ScoreFunctionLoss, make_policy, share_latents
 from benchmarks import methods
 from benchmarks.gradient_signal import centred_rewards, step_gradient
-from benchmarks.main_job import RESULTS, append, measure, run_settings
+from benchmarks.main_job import RESULTS, append, measure, read_rows, run_settings
 from benchmarks.memory import kept_bytes, peak
 from benchmarks.methods import pending
 from configs import RunSettings
@@ -36,6 +37,36 @@ def test_every_method_has_the_same_budget():
         run = methods.run_settings(import_module(f"examples.{name}"), 3, settings)
         assert (run.training.iterations, run.sampling.images_per_iteration, run.seed) == (5, 7, 3)
         assert run.model == RunSettings().model
+
+
+def test_the_examples_table_is_that_of_the_committed_rows():
+    readme = (methods.RESULTS.parents[2] / "examples" / "README.md").read_text()
+    assert "\n".join(methods.table(read_rows(methods.RESULTS))) in readme
+
+
+def test_means_and_standard_errors_are_over_seeds():
+    rows = [
+        {"method": "a", "before": "1", "after": str(after), "gain_in_std": str(after - 1), "processor_seconds": "90"}
+        for after in (2.0, 3.0, 7.0)
+    ]
+    error = torch.tensor([2.0, 3.0, 7.0]).std() / 3**0.5
+    assert methods.table(rows)[2:] == [
+        f"| `a.py` | 1.00 | 4.00 ± {error:.2f} | +3.00 ± {error:.2f} | 2 min | "
+        "![](../benchmarks/results/methods/a.png) |"
+    ]
+
+
+def test_images_of_the_same_noise_stand_below_each_other():
+    def evaluation(value):
+        images = torch.full((20, 3, 4, 4), value)
+        images[-1] = 1
+        return Evaluation(images, ["a cat"] * 20, torch.zeros(20))
+
+    picture = np.asarray(methods.strip(evaluation(0.0), evaluation(0.2), columns=3))
+    assert picture.shape == (8, 12, 3)
+    assert (picture[:, 8:] == 255).all()  # the last image of all
+    assert (picture[:4, :8] == 0).all()
+    assert (picture[4:, :8] == 51).all()
 
 
 @pytest.mark.long
