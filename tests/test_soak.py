@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import psutil
@@ -48,4 +49,4 @@ def test_a_job_is_watched_and_ended(tiny_folder, tmp_path):
     assert [row["minutes"] for row in read_rows(settings.results)] == [str(row["minutes"]) for row in rows]
     assert rows[-1]["mebibytes"] > 100
     with pytest.raises(RuntimeError, match="the job ended after"):
-        soak(Settings(**{**vars(settings), "options": ("--sampling.prompts", "missing.txt")}))
+        soak(replace(settings, options=("--sampling.prompts", "missing.txt"), output=tmp_path / "other"))
