@@ -6,7 +6,7 @@
 Both do the same job on the same pipeline folder: prompts, JPEG reward, LoRA of rank 4 on the attention projections,
 guidance in sampling and training, all steps trained, one optimiser step for each minibatch of images. Each side is a
 process of its own that does one iteration at a time on request, so that pairs are interleaved; the first is not
-counted. Hooks count the latents that go through the network and the optimiser steps, and unequal counts are an error.
+counted. The latents that go through the network are counted, and the optimiser steps; unequal counts are an error.
 `benchmarks/results/trl_comparison.csv` has the median over pairs of the ratio of wall-clock times, theirs to ours, and
 that of processor times, which is the better one where a machine has other work.
 """

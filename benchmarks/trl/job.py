@@ -12,11 +12,11 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
-if TYPE_CHECKING:
-    from torch import nn
-
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 COUNTS = ("sampling", "training", "updates")
 """Latents that went through the network without gradient and with it; optimiser steps."""
@@ -58,37 +58,52 @@ class Job:
     max_grad_norm: float = 1.0
 
 
-def serve(make: Callable[[Job], tuple[nn.Module, Callable[[], object]]]) -> None:
-    """Answer each line of standard input by one iteration, and a line of JSON about it.
+def measured(network: nn.Module, iterate: Callable[[], object]) -> Callable[[], dict[str, float]]:
+    """`iterate`, returning its wall-clock and processor seconds and the `COUNTS`.
 
-    It holds wall-clock and processor seconds, and `COUNTS` as hooks on the network and the optimiser count them.
+    Args:
+        network: called with the latents first; its calls are counted from now on.
+        iterate: does one iteration.
+    """
+    counts: Counter[str] = Counter()
+    plain: Any = type(network)
+
+    class Counted(plain):
+        """Counts outside of the call: a forward hook would be compiled with a compiled network."""
+
+        def __call__(self, latents: Tensor, *args: Any, **kwargs: Any) -> Any:
+            counts["training" if torch.is_grad_enabled() else "sampling"] += len(latents)
+            return super().__call__(latents, *args, **kwargs)
+
+    def count_updates(*_: object) -> None:
+        counts["updates"] += 1
+
+    network.__class__ = Counted
+
+    def run() -> dict[str, float]:
+        counts.clear()
+        hook = register_optimizer_step_post_hook(count_updates)
+        start, processor = time.perf_counter(), time.process_time()
+        iterate()
+        spent = {"seconds": time.perf_counter() - start, "processor_seconds": time.process_time() - processor}
+        hook.remove()
+        return spent | {key: counts[key] for key in COUNTS}
+
+    return run
+
+
+def serve(make: Callable[[Job], tuple[nn.Module, Callable[[], object]]]) -> None:
+    """Answer each line of standard input by one iteration, and a line of JSON about it (see `measured`).
 
     Args:
         make: from the job, the first argument of the program as JSON, to the network and what does one iteration.
     """
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever the libraries print is no answer
-    import torch
-    from torch.optim.optimizer import register_optimizer_step_post_hook
-
     content = json.loads(sys.argv[1])
     job = Job(**content | {"ours": Options(**content["ours"])})
     torch.set_num_threads(job.threads)
     torch.manual_seed(job.seed)
-    network, iterate = make(job)
-    counts: Counter[str] = Counter()
-
-    def count_evaluations(module: nn.Module, inputs: tuple, output: object) -> None:
-        counts["training" if torch.is_grad_enabled() else "sampling"] += len(inputs[0])
-
-    def count_updates(*_: object) -> None:
-        counts["updates"] += 1
-
-    network.register_forward_hook(count_evaluations)
-    register_optimizer_step_post_hook(count_updates)
+    run = measured(*make(job))
     for _ in sys.stdin:
-        counts.clear()
-        start, processor = time.perf_counter(), time.process_time()
-        iterate()
-        spent = {"seconds": time.perf_counter() - start, "processor_seconds": time.process_time() - processor}
-        print(json.dumps(spent | {key: counts[key] for key in COUNTS}), file=answers, flush=True)
+        print(json.dumps(run()), file=answers, flush=True)
