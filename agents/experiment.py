@@ -262,7 +262,7 @@ class Experiment:
             self._save(folder.path / "lora_best")
         ending = "; the run ends here, with --watch.no-stop it goes on" if verdict.stop else ""
         for alarm in verdict.alarms:
-            on_first(warnings.warn)(f"iteration {iteration}: {alarm}{ending}", OverOptimisationWarning, stacklevel=5)
+            on_first(warnings.warn)(f"iteration {iteration}: {alarm}{ending}", OverOptimisationWarning, stacklevel=6)
         row = folder.log_evaluation(iteration, evaluation, before, verdict)
         return {f"eval_{key}": value for key, value in row.items()}
 

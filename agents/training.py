@@ -57,7 +57,7 @@ def train(
         collector: yields whole trajectories [B, T] of the current policy (with `share_latents` as its `postproc`).
         loss: reads transitions [N] and returns a TensorDict whose `loss_*` entries are summed and minimised; the
             others are logged.
-        optimizer: over the loss's trainable parameters; groups of its do not mix sharded and other ones.
+        optimizer: over the loss's trainable parameters; sharded and other ones in groups of their own.
         advantage: writes what the loss needs beside the rollout, once a batch; may leave out whole trajectories.
         sampler: which transitions train.
         updates_per_epoch: optimiser steps in one pass over the chosen transitions.

@@ -99,6 +99,8 @@ def settings_of_run(config: dict[str, Any]) -> RunSettings:
     """What of a run's `config.json` an evaluation needs: model, sampling, reward."""
     default = RunSettings()
     model = config["model"] | {"lora_targets": tuple(config["model"]["lora_targets"])}
+    if model.get("shard"):  # it is whole here, and its weights are float32
+        model |= {"shard": False, "dtype": "float32"}
     sampling = {key: config["sampling"][key] for key in ("num_steps", "eta")}
     return replace(
         default,
