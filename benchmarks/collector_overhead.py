@@ -37,6 +37,8 @@ TENTH = {"block_out_channels": (16, 32, 40), "norm_num_groups": 8}  # 0.73 M par
 class Settings:
     """Size of the comparison."""
 
+    networks: tuple[Literal["embedded", "a tenth", "none"], ...] = ("embedded", "a tenth", "none")
+    """Rows."""
     images: int = SamplingSettings.images_per_iteration
     """Images a batch."""
     num_steps: int = SamplingSettings.num_steps
@@ -107,9 +109,9 @@ def compare(backbone: StableDiffusionBackbone, settings: Settings) -> dict[str, 
 def main(settings: Settings) -> None:
     """Time with each network and write the rows."""
     commit, rows = provenance(), []
-    backbone = build_backbone(ModelSettings(device="cpu"))
-    for network, change in (("embedded", None), ("a tenth", smaller), ("none", idle)):
-        backbone = change(backbone) if change else backbone
+    change = {"embedded": lambda backbone: backbone, "a tenth": smaller, "none": idle}
+    for network in settings.networks:
+        backbone = change[network](build_backbone(ModelSettings(device="cpu")))
         rows.append({"network": network, **compare(backbone, settings), **commit})
         append(rows[-1], settings.results)
     print(markdown(rows))
