@@ -43,8 +43,9 @@ class ModelSettings:
     channels_last: bool = True
     """Exact but for rounding. Memory format of UNet and VAE, faster on most machines."""
     fold_lora: bool = True
-    """Exact but for rounding. Adapters are added to the weights in each forward pass rather than their output to the
-    layers'; in half precision, where that would round small adapters away, nothing is folded."""
+    """Exact but for rounding. Adapters are added to the weights in the forward pass rather than their output to the
+    layers', those of convolutions where no gradient is recorded; in half precision, where that would round small
+    adapters away, nothing is folded."""
     compile: bool = False
     """Exact but for rounding. torch.compile the network: minutes at the start and at every new batch size, which only a
     long run on a GPU is likely to win back."""

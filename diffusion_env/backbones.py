@@ -65,7 +65,7 @@ class StableDiffusionBackbone(nn.Module):
                 off and saves half of the network's work.
             lora: adapters to train; None trains the whole network.
             gradient_checkpointing: recompute activations in the backward pass.
-            fold_lora: with a float32 network, add the adapters to the weights in each forward pass rather than their
+            fold_lora: with a float32 network, add the adapters to the weights in the forward pass rather than their
                 output to the layers' (see `folded_lora`): the same function and gradients, faster. In half precision
                 the sum would round small adapters away, and PEFT's own layers serve.
             compile: `torch.compile` the network, which takes minutes when it is first called and again at every other

@@ -5,7 +5,8 @@ or writes whole activations. Here y = (W + s B A) x, and with g = dL/dy the grad
 
     dL/dx = (W + s B A)^T g,    dL/dB = s g (A x)^T,    dL/dA = s (B^T g) x^T,
 
-so nothing of the size of W's own gradient is ever computed. Exact but for rounding, with gradients and without.
+so nothing of the size of W's own gradient is ever computed. Convolutions are folded only where no gradient is recorded,
+as in a rollout: their backward pass is faster as PEFT has it. Exact but for rounding.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import torch
 from peft.tuners import lora
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.grad import conv2d_input, conv2d_weight
 
 
 class FoldedLinear(lora.Linear):
@@ -32,16 +32,15 @@ class FoldedLinear(lora.Linear):
 
 
 class FoldedConv2d(lora.Conv2d):
-    """PEFT's LoRA around `nn.Conv2d`, folded where there is one adapter and it is on."""
+    """PEFT's LoRA around `nn.Conv2d`, folded where there is one adapter, it is on, and no gradient is recorded."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer's output."""
-        if not _folds(self):
+        if torch.is_grad_enabled() or not _folds(self):
             return super().forward(x, *args, **kwargs)
         base, (name,) = self.base_layer, self.active_adapters
-        a, b = self.lora_A[name].weight, self.lora_B[name].weight
-        options = (base.stride, base.padding, base.dilation)
-        return _Conv2d.apply(x, base.weight, base.bias, a, b, self.scaling[name], *options)
+        weight = _folded(base.weight, self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name])
+        return F.conv2d(x, weight, base.bias, base.stride, base.padding, base.dilation)
 
 
 FOLDED: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: FoldedLinear, nn.Conv2d: FoldedConv2d}
@@ -67,37 +66,6 @@ class _Linear(torch.autograd.Function):
         grad_a = (grad @ b).T @ x * ctx.scale
         grad_b = grad.T @ (x @ a.T) * ctx.scale
         return grad_x, None, None, grad_a, grad_b, None
-
-
-class _Conv2d(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        a: Tensor,
-        b: Tensor,
-        scale: float,
-        stride: tuple[int, int],
-        padding: tuple[int, int],
-        dilation: tuple[int, int],
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight, a, b)
-        ctx.scale, ctx.options = scale, (stride, padding, dilation)
-        return F.conv2d(x, _folded(weight, a, b, scale), bias, *ctx.options)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, a, b = ctx.saved_tensors
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = conv2d_input(x.shape, _folded(weight, a, b, ctx.scale), grad, *ctx.options)
-        low = F.conv2d(grad, b.transpose(0, 1)) * ctx.scale  # s B^T g, with as many channels as the rank
-        grad_a = conv2d_weight(x, a.shape, low, *ctx.options)
-        hidden = F.conv2d(x, a, None, *ctx.options)
-        grad_b = torch.einsum("nohw,nrhw->or", grad, hidden)[..., None, None] * ctx.scale
-        return grad_x, None, None, grad_a, grad_b, None, None, None, None
 
 
 def _folded(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
