@@ -116,15 +116,16 @@ def peak_of(chip: str) -> float:
 
 def load(settings: Settings) -> StableDiffusionBackbone:
     """What is measured, with guidance and adapters of the preset sd15."""
-    model = replace(PRESETS["sd15"]().model, name=settings.model, device=settings.device, dtype=settings.dtype)
+    # The layers' own operations are counted; in bfloat16, which is measured, nothing would be folded anyway.
+    model = replace(PRESETS["sd15"]().model, fold_lora=False)
+    model = replace(model, name=settings.model, device=settings.device, dtype=settings.dtype)
     if settings.model != "sd15":
         return build_backbone(model)
     pipeline = stable_diffusion_15(settings.device).to(DTYPES[settings.dtype])
     for part in (pipeline.unet, pipeline.vae):
         part.to(memory_format=torch.channels_last)
     lora = LoRA(model.lora_rank, model.lora_alpha, model.lora_targets)
-    # The layers' own operations are counted; in bfloat16, which is measured, nothing is folded anyway.
-    return StableDiffusionBackbone(pipeline, guidance_scale=model.guidance_scale, lora=lora, fold_lora=False)
+    return StableDiffusionBackbone(pipeline, guidance_scale=model.guidance_scale, lora=lora, fold_lora=model.fold_lora)
 
 
 class Job:
