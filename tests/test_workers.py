@@ -31,7 +31,7 @@ def set_weights(policy, version):
         each.copy_(torch.randn(each.shape, generator=generator) * 0.3)
 
 
-@pytest.fixture(scope="module", params=["process", "ray"])
+@pytest.fixture(scope="module", params=["process", pytest.param("ray", marks=pytest.mark.long)])
 def seen(request, tiny_folder):
     """What two workers gave: a batch, one after an update, and the one after that twice, resumed in between."""
     if request.param == "ray":
