@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import record_function
 from torchrl.data import Binary, Bounded, Composite, Unbounded
 from torchrl.envs import EnvBase
@@ -126,15 +126,23 @@ class DenoisingEnv(EnvBase):
         """For `state_dict`: what prompts, first noise and group ids were drawn from BEFORE the last reset.
 
         A collector resets as soon as an episode ends, so that the next one's prompts and noise are drawn before anyone
-        can save. Loading this state and resetting draws the same again.
+        can save. Loading this state and resetting draws the same again. With it goes what the reward remembers, if it
+        has `statistics`, a module.
         """
-        return self._before_reset
+        statistics = self._statistics
+        return self._before_reset | {"reward": {} if statistics is None else statistics.state_dict()}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Restore what `get_extra_state` returned; the next reset repeats the one before it was taken."""
         self._generator.set_state(state["generator"])
         self._groups_drawn = state["groups_drawn"]
         self._before_reset = self._draws()
+        if self._statistics is not None:
+            self._statistics.load_state_dict(state["reward"])
+
+    @property
+    def _statistics(self) -> nn.Module | None:
+        return getattr(self._callables[1], "statistics", None)
 
     def _reset(self, tensordict: TensorDictBase | None, **_: object) -> TensorDictBase:
         """Draw prompts and first noise, or take `prompt_id` and `latents` from `tensordict` where it has them.

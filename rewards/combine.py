@@ -11,14 +11,39 @@ from torch import Tensor, nn
 from .base import Reward, check_batch
 
 
+class RunningStatistics(nn.Module):
+    """Takes the mean out of several quantities and divides by their standard deviation, of all values so far."""
+
+    count: Tensor
+    mean: Tensor
+    squares: Tensor
+
+    def __init__(self, quantities: int) -> None:
+        super().__init__()
+        for buffer in ("count", "mean", "squares"):
+            self.register_buffer(buffer, torch.zeros(quantities, dtype=torch.float64))
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Values [quantities, B] after the statistics have taken this batch in."""
+        new = values.detach().double()
+        mean, squares, count = new.mean(1), new.var(1, correction=0) * new.shape[1], new.shape[1]
+        total = self.count + count
+        shift = mean - self.mean
+        self.squares += squares + shift**2 * self.count * count / total
+        self.mean += shift * count / total
+        self.count.copy_(total)
+        std = (self.squares / self.count).sqrt().clamp(min=1e-6)
+        return (values - self.mean.float()[:, None]) / std.float()[:, None]
+
+
 class Mix(nn.Module):
     """Weighted sum of rewards.
 
     With `normalise` each part first loses the mean and is divided by the standard deviation of all the images that
     this object has scored so far, those of the batch included: weights then say how much a part counts, whatever its
     unit, and a part that varies little is not drowned. The statistics settle as images come in, so early scores are on
-    another scale than late ones; they are constants to a gradient, part of the state dict, and the one way in which a
-    score depends on other images.
+    another scale than late ones; they are constants to a gradient and the one way in which a score depends on other
+    images. They are in `statistics`, which a run's checkpoints hold.
 
     `last_parts` holds every part's own values for the latest batch, [B] by name; training logs their means.
 
@@ -28,9 +53,6 @@ class Mix(nn.Module):
     """
 
     name = "mix"
-    _count: Tensor
-    _mean: Tensor
-    _squares: Tensor
 
     def __init__(self, parts: Sequence[tuple[Reward, float]], *, normalise: bool = False) -> None:
         super().__init__()
@@ -44,10 +66,8 @@ class Mix(nn.Module):
         # Modules among the parts move and are saved with this one; functions just come along.
         self._modules_among = nn.ModuleList([reward for reward, _ in parts if isinstance(reward, nn.Module)])
         self._parts = tuple(parts)
-        self._normalise = normalise
+        self.statistics = RunningStatistics(len(parts)) if normalise else None
         self.last_parts: dict[str, Tensor] = {}
-        for buffer in ("_count", "_mean", "_squares"):
-            self.register_buffer(buffer, torch.zeros(len(parts), dtype=torch.float64))
 
     @property
     def differentiable(self) -> bool:
@@ -67,22 +87,10 @@ class Mix(nn.Module):
             values.append(value)
             self.last_parts |= {name: value.detach()} | getattr(reward, "last_parts", {})
         stacked = torch.stack(values)
-        if self._normalise:
-            stacked = self._normalised(stacked)
+        if self.statistics is not None:
+            stacked = self.statistics(stacked)
         weights = stacked.new_tensor([weight for _, weight in self._parts])
         return weights @ stacked
-
-    def _normalised(self, values: Tensor) -> Tensor:
-        """Values [parts, B] after the running statistics have taken this batch in."""
-        new = values.detach().double()
-        mean, squares, count = new.mean(1), new.var(1, correction=0) * new.shape[1], new.shape[1]
-        total = self._count + count
-        shift = mean - self._mean
-        self._squares += squares + shift**2 * self._count * count / total
-        self._mean += shift * count / total
-        self._count.copy_(total)
-        std = (self._squares / self._count).sqrt().clamp(min=1e-6)
-        return (values - self._mean.float()[:, None]) / std.float()[:, None]
 
 
 class _Changed(nn.Module):
@@ -97,6 +105,11 @@ class _Changed(nn.Module):
     def differentiable(self) -> bool:
         """Whether gradients reach the images."""
         return is_differentiable(self.reward)
+
+    @property
+    def statistics(self) -> nn.Module | None:
+        """Those of the reward within, where it is a `Mix` that normalises."""
+        return getattr(self.reward, "statistics", None)
 
     @property
     def last_parts(self) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """Checkpoints: what is in them, what makes them whole, what is refused. The runs are in test_resume.py."""
 
+import copy
 import random
 import shutil
 import warnings
@@ -14,6 +15,7 @@ from torchrl.data import LazyTensorStorage, ReplayBuffer
 from agents import RunFolder, ddpo_is_loss, make_policy
 from agents.checkpoint import Checkpoints, DamagedCheckpointWarning, TrainedState, damage, differences
 from diffusion_env import DenoisingEnv, LoRA, StableDiffusionBackbone
+from rewards import Mix, Scale
 from tests.runs import equal
 from tests.tiny import tiny_pipeline
 
@@ -142,6 +144,30 @@ def test_the_environment_repeats_what_it_had_drawn():
         repeated = other.reset()
         assert all(torch.equal(repeated[key], drawn[key]) for key in ("latents", "prompt_id", "group_id"))
         drawn = env.reset()
+
+
+def test_what_a_reward_remembers_is_kept_with_the_environment(backbone):
+    policy = make_policy(backbone, backbone.sampler(1), backbone.conditioning(["a"]))
+
+    def brightness(images, prompts):
+        return images.mean((1, 2, 3))
+
+    def make():
+        reward = Scale(Mix([(brightness, 1.0)], normalise=True), 2.0)
+        return DenoisingEnv(backbone, 1, reward, ["a"], batch_size=5, seed=3)
+
+    def rewards(env, seed):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            return env.rollout(1, policy)["next", "reward"].flatten()
+
+    env, resumed = make(), make()
+    rewards(env, seed=0)
+    resumed.load_state_dict(copy.deepcopy(env.state_dict()))
+    found = rewards(resumed, seed=1)
+    last = resumed.reward_parts["brightness"]
+    seen = torch.cat([env.reward_parts["brightness"], last])
+    torch.testing.assert_close(found, 2 * (last - seen.mean()) / seen.std(correction=0), rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture(scope="module")
