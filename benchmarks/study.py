@@ -61,7 +61,7 @@ class Settings(Task):
     """Which methods."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """One run of each method each."""
-    learning_rates: tuple[float, ...] = (2e-4, 6e-4, 2e-3)
+    learning_rates: tuple[float, ...] = (1.5e-4, 5e-4, 1.5e-3)
     """Tried for every method, in a quarter of the iterations."""
     tuning_seed: int = 100
     """Of the runs that tune."""
