@@ -6,8 +6,8 @@
     python -m benchmarks.study --figures                        # draws again, from the files in --results alone
 
 Protocol. Task: the embedded pipeline, its 45 animals, `style-preference`, which is differentiable, so that all methods
-can maximise the same reward. What a method does beyond the learning rate is what its example does on this pipeline, as
-`benchmarks/study_methods.py` says; Nabla-DB's beta and RWR's temperature are not tuned.
+can maximise the same reward. What a method does beyond the learning rate is what its example does on this pipeline, or
+what `benchmarks/study_methods.py` says instead; Nabla-DB's beta and RWR's temperature are not tuned.
 
 1. Tuning: the same declared learning rates for every method, `--tuning-seed` (none of the study's), a quarter of the
    iterations. The highest mean reward of the last evaluation wins, nothing else counts. `tuning.csv`
@@ -61,7 +61,7 @@ class Settings(Task):
     """Which methods."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """One run of each method each."""
-    learning_rates: tuple[float, ...] = (1.5e-4, 5e-4, 1.5e-3)
+    learning_rates: tuple[float, ...] = (1.5e-4, 5e-4, 1.5e-3, 4.5e-3)
     """Tried for every method, in a quarter of the iterations."""
     tuning_seed: int = 100
     """Of the runs that tune."""

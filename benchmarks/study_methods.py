@@ -68,6 +68,7 @@ from rewards import REWARDS
 
 INVERSE_TEMPERATURE = 1.0  # of RWR; style-preference has a standard deviation of about 1
 BEST = 0.9  # RWR-sparse keeps images from this percentile on
+UPDATES = 4  # of DDPO-IS, on one batch
 FRESH_NOISES = 2  # of DRaFT-LV, as in the paper
 CORRECTION = (32, 64, 128)  # channels of Nabla-DB's correction network, 3.4 M parameters beside the denoiser's 7.6 M
 
@@ -120,6 +121,12 @@ class Method:
         branches, epochs = 2 if settings.model.guidance_scale > 1 else 1, training.epochs
         work = self.work(Size(images, steps, drawn, trained))
         return Cost(images * (1 + epochs * work.scored), branches * images * (steps + epochs * work.outputs))
+
+
+def _several_updates(preset: RunSettings) -> RunSettings:
+    """DDPO-IS's example makes a single update of a batch, the ratio is 1 then and DDPO-IS is DDPO-SF."""
+    preset = ppo_aesthetic.adapt(preset)
+    return replace(preset, training=replace(preset.training, updates_per_epoch=UPDATES))
 
 
 def _ddpo_is(experiment: Experiment, settings: RunSettings) -> Job:
@@ -186,7 +193,7 @@ def _nabla_work(size: Size, *, backward: bool) -> Work:
 
 METHODS = {
     "ddpo-sf": Method("DDPO-SF", reinforce_compressibility.adapt, _ddpo_sf, lambda size: Work(0, size.drawn)),
-    "ddpo-is": Method("DDPO-IS", ppo_aesthetic.adapt, _ddpo_is, lambda size: Work(0, size.drawn)),
+    "ddpo-is": Method("DDPO-IS", _several_updates, _ddpo_is, lambda size: Work(0, size.drawn)),
     "rwr": Method("RWR", rwr_compressibility.adapt, _rwr, lambda size: Work(0, 1)),
     # Exact where no two rewards are equal: those from the percentile's (interpolated) place in the order on.
     "rwr-sparse": Method(
