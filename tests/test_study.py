@@ -199,17 +199,21 @@ def test_a_study_whose_time_is_over_says_how_to_go_on(small, monkeypatch, capsys
     assert "5 minutes are over; go on with: python -m benchmarks.study" in capsys.readouterr().out
 
 
-def test_the_rate_of_the_highest_last_reward_is_taken(small):
+def test_the_rate_of_the_highest_last_reward_without_an_alarm_is_taken(small):
+    keys = ("method", "learning_rate", "iteration", "reward", "alarms")
     rows = [
-        {"method": "rwr", "learning_rate": "0.001", "iteration": "0", "reward": "9"},
-        {"method": "rwr", "learning_rate": "0.001", "iteration": "3", "reward": "1"},
-        {"method": "rwr", "learning_rate": "0.002", "iteration": "3", "reward": "1.5"},
-        {"method": "rwr", "learning_rate": "0.003", "iteration": "2", "reward": "7"},  # broke down
-        {"method": "refl", "learning_rate": "0.004", "iteration": "3", "reward": "2"},
+        ("rwr", "0.001", "0", "9", "0"),
+        ("rwr", "0.001", "3", "-1", "0"),
+        ("rwr", "0.002", "3", "-0.5", "0"),
+        ("rwr", "0.003", "3", "6", "1"),  # the watch objects
+        ("rwr", "0.004", "2", "7", "0"),  # broke down
+        ("refl", "0.001", "3", "1", "1"),  # it objects to both
+        ("refl", "0.002", "3", "2", "2"),
     ]
     small = replace(small, iterations=12)
-    add_rows(small.results / "tuning.csv", rows)
+    add_rows(small.results / "tuning.csv", [dict(zip(keys, row, strict=True)) for row in rows])
     assert study.tuned(small, "rwr") == 0.002
+    assert study.tuned(small, "refl") == 0.002
     with pytest.raises(ValueError, match="lets draft-1 end"):
         study.tuned(small, "draft-1")
 
