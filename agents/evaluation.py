@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,7 +17,7 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from diffusion_env import DenoisingEnv, checked_reward
 from diffusion_env.scoring import Reward
 
-from .distributed import from_first, shared_out
+from .distributed import from_first, numbered_seed, shared_out
 from .metrics import (
     FeatureExtractor,
     diversity,
@@ -83,9 +84,9 @@ class Evaluation:
 class Evaluator:
     """Samples every prompt of an environment equally often, always from the same first noise and the same step noise.
 
-    Image n of two evaluations differs only by the policy. `prompt_id`, `latents` (float32 [N, *latent], the first
-    noise) and `seed` (of the step noise, which starts anew for each chunk of the environment's batch size) let anyone
-    repeat it, in plain diffusers too.
+    Image n of two evaluations with the same batch size differs only by the policy. `prompt_id`, `latents` (float32
+    [N, *latent], the first noise) and `seed` (of the step noise, which a chunk of the environment's batch size whose
+    first image is number n draws from `numbered_seed(seed, n)`) let anyone repeat it, in plain diffusers too.
     """
 
     def __init__(
@@ -122,7 +123,7 @@ class Evaluator:
     @torch.no_grad()
     @record_function("evaluation")
     def __call__(self, policy: TensorDictModule) -> Evaluation:
-        """Images and rewards of `policy`; random states of the caller are left as they were.
+        """Images and rewards of `policy`; random states and the reward's running statistics are left as they were.
 
         Several processes share the chunks out among them; each has the whole evaluation, that of a single one. Those of
         a sharded network work on all chunks together, and have the first one's numbers.
@@ -130,10 +131,14 @@ class Evaluator:
         size = self._env.batch_size[0]
         chunks = zip(self.prompt_id.split(size), self.latents.split(size), strict=True)
         jobs = [partial(self._chunk, policy, n * size, *chunk) for n, chunk in enumerate(chunks)]
-        if not is_sharded(policy.parameters()):
-            return _joined(shared_out(jobs))
-        evaluation = _joined([job() for job in jobs])
-        return from_first(lambda: evaluation)
+        state = copy.deepcopy(self._env.get_extra_state())
+        try:
+            if not is_sharded(policy.parameters()):
+                return _joined(shared_out(jobs))
+            evaluation = _joined([job() for job in jobs])
+            return from_first(lambda: evaluation)
+        finally:
+            self._env.set_extra_state(state)
 
     def _chunk(self, policy: TensorDictModule, first: int, prompt_id: Tensor, latents: Tensor) -> Evaluation:
         """Images number `first` and following."""
@@ -143,7 +148,7 @@ class Evaluator:
         start = TensorDict({"prompt_id": prompt_id[fill, None], "latents": latents[fill]}, env.batch_size)
         devices = [env.device] if env.device.type == "cuda" else []
         with torch.random.fork_rng(devices), set_exploration_type(ExplorationType.RANDOM):
-            torch.manual_seed(self.seed)
+            torch.manual_seed(numbered_seed(self.seed, first))
             state = env.reset(start.to(env.device))
             rollout = env.rollout(env.num_steps, policy, auto_reset=False, tensordict=state)[:count]
         images = env.decode(rollout["action"][:, -1])

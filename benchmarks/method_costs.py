@@ -21,7 +21,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 import tyro
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -84,8 +83,7 @@ class Running:
         policy = denoising_mean(experiment.policy)
         self.network = policy.backbone.unet
         self.expected = method.cost(run, policy.sampler).network_evaluations
-        trained = [parameter for parameter in loss.parameters() if parameter.requires_grad]
-        self._loop = experiment.loop(loss, torch.optim.AdamW(trained, lr=run.training.learning_rate, fused=True))
+        self._loop = experiment.loop(loss, experiment.optimizer(loss))
         self.iterate()
 
     def iterate(self) -> None:

@@ -12,7 +12,6 @@ rounds, which other work on the machine disturbs less than wall-clock times, and
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 import tyro
 
+from benchmarks.collector_overhead import timed
 from benchmarks.main_job import append, provenance
 from configs import PRESETS, ModelSettings
 from configs.build import build_backbone
@@ -80,13 +80,6 @@ def workloads(model: ModelSettings, images: int) -> tuple[Callable[[], object], 
     return sampling, training
 
 
-def processor_seconds(work: Callable[[], object]) -> float:
-    """Seconds of processor time that `work` takes."""
-    start = time.process_time()
-    work()
-    return time.process_time() - start
-
-
 def main(settings: Settings) -> None:
     """Measure every variant and write."""
     commit, plain = provenance(), model_settings(settings.main_job)
@@ -96,7 +89,7 @@ def main(settings: Settings) -> None:
     for number in range(settings.rounds + 1):
         for name, pair in pairs.items():
             for into, work in zip(times[name], pair, strict=True):
-                seconds = processor_seconds(work)
+                seconds = timed(work, "processor")
                 if number:  # the first round warms up
                     into.append(1000 * seconds / settings.images)
     medians = {name: [statistics.median(each) for each in both] for name, both in times.items()}

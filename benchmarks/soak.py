@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import linear_regression
 
 import psutil
 import tyro
@@ -51,10 +52,7 @@ def resident(process: psutil.Process) -> float:
 def growth(minutes: Sequence[float], mebibytes: Sequence[float]) -> float:
     """MiB an hour: the least-squares slope through the second half of the readings."""
     half = len(minutes) // 2
-    times, values = minutes[half:], mebibytes[half:]
-    mean_time, mean_value = sum(times) / len(times), sum(values) / len(values)
-    covariance = sum((t - mean_time) * (v - mean_value) for t, v in zip(times, values, strict=True))
-    return 60 * covariance / sum((t - mean_time) ** 2 for t in times)
+    return 60 * linear_regression(minutes[half:], mebibytes[half:]).slope
 
 
 def soak(settings: Settings) -> list[dict[str, object]]:

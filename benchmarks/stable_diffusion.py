@@ -52,17 +52,22 @@ SCHEDULE = {
 }
 
 
-def stable_diffusion_15(device: str) -> StableDiffusionPipeline:
-    """Its architecture, weights drawn at random; the tokenizer knows letters, one token each."""
+def letter_tokenizer(length: int) -> CLIPTokenizer:
+    """CLIP's tokenizer class with one token a letter."""
     letters = "abcdefghijklmnopqrstuvwxyz"
     tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
+    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=length)
+
+
+def stable_diffusion_15(device: str) -> StableDiffusionPipeline:
+    """Its architecture, weights drawn at random; the tokenizer knows letters, one token each."""
     with torch.device(device):
         unet, vae = UNet2DConditionModel(**UNET), AutoencoderKL(**VAE)
         text_encoder = CLIPTextModel(CLIPTextConfig(**TEXT_ENCODER))
     return StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
-        tokenizer=CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=77),
+        tokenizer=letter_tokenizer(77),
         unet=unet,
         scheduler=DDIMScheduler(**SCHEDULE),
         safety_checker=None,

@@ -10,7 +10,8 @@ can maximise the same reward. What a method does beyond the learning rate is wha
 what `benchmarks/study_methods.py` says instead; Nabla-DB's beta and RWR's temperature are not tuned.
 
 1. Tuning: the same declared learning rates for every method, `--tuning-seed` (none of the study's), a quarter of the
-   iterations. The highest mean reward of the last evaluation wins, of those to which the over-optimisation watch does
+   iterations; optimiser steps an iteration are each method's own: 4 for DDPO-IS and Nabla-DB, 5 for RWR, else 1. The
+   highest mean reward of the last evaluation wins, of those to which the over-optimisation watch does
    not object, which here means that half of the diversity is left; nothing else counts. `tuning.csv`
 2. Runs: for each seed and method the same number of iterations, each sampling the same number of images. Evaluations on
    fixed prompts and noise, the same for all runs, count on no axis. `evaluations.csv`, a row for each method, seed and
@@ -43,10 +44,10 @@ import tyro
 from PIL import Image
 
 from agents.files import write_whole
-from benchmarks.main_job import read_rows
+from benchmarks.main_job import provenance, read_rows
 from benchmarks.methods import pending
 from benchmarks.study_figures import draw
-from benchmarks.study_methods import METHODS, MethodName, check_gradient
+from benchmarks.study_methods import CONSTANTS, METHODS, MethodName, check_gradient
 from benchmarks.study_runs import Task, TimeLimit, add_rows, method_settings, rows_of, run
 from examples import evaluate
 
@@ -94,7 +95,7 @@ class Settings(Task):
         """What all rows of the results have in common."""
         free = ("methods", "seeds", "minutes", "figures", "results", "runs")
         kept = {key: value for key, value in asdict(self).items() if key not in free}
-        return json.loads(json.dumps(kept))
+        return json.loads(json.dumps(kept | CONSTANTS))
 
 
 def again() -> str:
@@ -127,9 +128,10 @@ def tune(settings: Settings, limit: TimeLimit) -> None:
             return
         if (name, f"{rate:g}") not in done:
             output = settings.runs / "tuning" / f"{name}-{rate:g}"
-            cost = run(METHODS[name], method_settings(METHODS[name], base, learning_rate=rate, output=output), again())
+            own, commit = method_settings(METHODS[name], base, learning_rate=rate, output=output), provenance()
+            cost = run(METHODS[name], own, again())
             key = {"method": name, "learning_rate": f"{rate:g}", "seed": settings.tuning_seed}
-            add_rows(file, [key | row for row in rows_of(output, cost)])
+            add_rows(file, [key | row for row in rows_of(output, cost, commit)])
 
 
 def tuning_iterations(settings: Settings) -> int:
@@ -157,13 +159,13 @@ def train(settings: Settings, limit: TimeLimit) -> None:
     for name, seed in pending(file, settings.methods, settings.seeds):
         if limit.over:
             return
-        rate, output = tuned(settings, name), settings.runs / f"{name}-{seed}"
+        rate, output, commit = tuned(settings, name), settings.runs / f"{name}-{seed}", provenance()
         own = method_settings(METHODS[name], settings.base(seed), learning_rate=rate, output=output)
         cost = run(METHODS[name], own, again())
         if seed == settings.seeds[0]:
             keep_samples(output / "samples", settings.results / "samples" / output.name)
         key = {"method": name, "seed": seed, "learning_rate": f"{rate:g}"}
-        add_rows(file, [key | row for row in rows_of(output, cost)])
+        add_rows(file, [key | row for row in rows_of(output, cost, commit)])
 
 
 def keep_samples(source: Path, target: Path) -> None:

@@ -3,8 +3,8 @@
 - `reward.png`: reward over reward calls, network evaluations, seconds of training.
 - `reward_diversity.png`, `reward_fid.png`, `reward_fidelity.png`: each against the reward, along the runs. The square
   is the pretrained model, the dotted line its value for images from other noise, where it was measured.
-- `equal_reward.png`: samples from the same noise at the first evaluation with at least a common reward, which is the
-  median of the methods' best; a method that does not reach it shows its best.
+- `equal_reward.png`: samples from the same noise, of each method's evaluation whose reward is nearest to a common one,
+  the median of the methods' best.
 - `generalisation.png`: reward before and after on training and unseen prompts.
 
 Lines are means over seeds; bands and error bars are standard errors over seeds, of a single seed over its images.
@@ -140,14 +140,12 @@ def equal_reward(rows: Sequence[Row], samples: Path) -> list[Pictures]:
     level = median(max(float(row["reward"]) for row in own) for own in runs.values())
     chosen = {"pretrained": next(iter(runs.values()))[0]}
     for name, own in runs.items():
-        reached = [row for row in own if float(row["reward"]) >= level]
-        chosen[name] = reached[0] if reached else max(own, key=lambda row: float(row["reward"]))
+        chosen[name] = min(own, key=lambda row: abs(float(row["reward"]) - level))
     lines = []
     for name, row in chosen.items():
         folder = samples / f"{row['method']}-{row['seed']}"
         label = METHODS[name].label if name in METHODS else name
-        missed = " (its best)" if name in METHODS and float(row["reward"]) < level else ""
-        caption = f"{label}\niteration {row['iteration']}\nreward {float(row['reward']):.2f}{missed}"
+        caption = f"{label}\niteration {row['iteration']}\nreward {float(row['reward']):.2f}"
         prompts = json.loads((folder / "prompts.json").read_text())
         lines.append(Pictures(caption, folder / f"{int(row['iteration']):06d}.jpg", prompts))
     return lines

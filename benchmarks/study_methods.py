@@ -53,6 +53,7 @@ from agents import (
     ddpo_is_loss,
     trainable_steps,
 )
+from agents.policy import denoising_mean
 from agents.reward_backprop import RewardBackpropLoss
 from configs import RunSettings
 from diffusion_env import CorrectionUNet, DDIMSampler
@@ -71,6 +72,13 @@ BEST = 0.9  # RWR-sparse keeps images from this percentile on
 UPDATES = 4  # of DDPO-IS, on one batch
 FRESH_NOISES = 2  # of DRaFT-LV, as in the paper
 CORRECTION = (32, 64, 128)  # channels of Nabla-DB's correction network, 3.4 M parameters beside the denoiser's 7.6 M
+CONSTANTS = {
+    "inverse_temperature": INVERSE_TEMPERATURE,
+    "best": BEST,
+    "updates": UPDATES,
+    "fresh_noises": FRESH_NOISES,
+    "correction": CORRECTION,
+}
 
 
 class Job(NamedTuple):
@@ -129,6 +137,12 @@ def _several_updates(preset: RunSettings) -> RunSettings:
     return replace(preset, training=replace(preset.training, updates_per_epoch=UPDATES))
 
 
+def _with_last_step(preset: RunSettings) -> RunSettings:
+    """The correction network's only boundary condition is at the last step, which the example leaves out."""
+    preset = nabla_db_aesthetic.adapt(preset)
+    return replace(preset, training=replace(preset.training, min_noise=0.0, timestep_fraction=0.25))
+
+
 def _ddpo_is(experiment: Experiment, settings: RunSettings) -> Job:
     return Job(experiment, ddpo_is_loss(experiment.policy, clip_range=settings.training.clip_range))
 
@@ -179,7 +193,8 @@ def _nabla_db(experiment: Experiment, settings: RunSettings, *, backward: bool) 
         experiment.policy,
         beta=own.beta,
         correction=CorrectionUNet(experiment.backbone, block_out_channels=CORRECTION) if backward else None,
-        terminal_weight=experiment.sampler.steps_per_trajectory,  # as in the example
+        # The authors average terminal matching over last transitions alone; here these are one of as many as may train.
+        terminal_weight=len(trainable_steps(denoising_mean(experiment.policy).sampler, settings.training.min_noise)),
         weighting=own.weighting,
     )
     gradient = RewardGradient(experiment.policy, experiment.reward, jacobian=own.jacobian, before=backward)
@@ -216,7 +231,7 @@ METHODS = {
     ),
     "nabla-db-backward": Method(
         "res. Nabla-DB + backward",
-        nabla_db_aesthetic.adapt,
+        _with_last_step,
         partial(_nabla_db, backward=True),
         partial(_nabla_work, backward=True),
     ),

@@ -11,7 +11,7 @@ from types import FrameType
 
 from agents.files import write_rows
 from agents.policy import denoising_mean
-from benchmarks.main_job import Row, provenance, read_rows
+from benchmarks.main_job import Row, read_rows
 from benchmarks.study_methods import Cost, Method
 from configs import RunSettings, build_experiment, build_folder
 from configs.schema import RewardName, SamplingSettings
@@ -102,19 +102,19 @@ def run(method: Method, settings: RunSettings, again: str) -> Cost:
     return method.cost(settings, denoising_mean(experiment.policy).sampler)
 
 
-def rows_of(folder: Path, cost: Cost) -> list[Row]:
-    """A row an evaluation: `iteration`, the three axes (training alone, so far), what was measured, provenance."""
+def rows_of(folder: Path, cost: Cost, measured_by: Mapping[str, str]) -> list[Row]:
+    """A row an evaluation: `iteration`, the three axes (training alone, so far), what was measured, `measured_by`."""
     seconds = [
         float(row["seconds_sampling"]) + float(row["seconds_training"]) for row in read_rows(folder / "metrics.csv")
     ]
     until = [0.0, *accumulate(seconds)]
-    measured_by, rows = provenance(), []
+    rows = []
     for row in read_rows(folder / "evaluations.csv"):
         n = int(row["iteration"])
         axes = {"reward_calls": f"{n * cost.reward_calls:.0f}"}
         axes |= {"network_evaluations": f"{n * cost.network_evaluations:.0f}", "seconds": f"{until[n]:.1f}"}
         measured = {key: f"{float(value):.6g}" for key, value in row.items() if key != "iteration" and value}
-        rows.append({"iteration": str(n)} | axes | measured | measured_by)
+        rows.append({"iteration": str(n)} | axes | measured | dict(measured_by))
     return rows
 
 

@@ -23,14 +23,14 @@ transformers.utils.logging.disable_progress_bar()
 def tiny_folder(tmp_path_factory) -> Path:
     """The tiny pipeline in diffusers' folder format; only ever read."""
     folder = tmp_path_factory.mktemp("tiny")
-    tiny_pipeline(folder / "tokenizer").save_pretrained(folder / "pipeline")
+    tiny_pipeline().save_pretrained(folder / "pipeline")
     return folder / "pipeline"
 
 
 @pytest.fixture
-def backbone(tmp_path) -> StableDiffusionBackbone:
+def backbone() -> StableDiffusionBackbone:
     """The pipeline of `tiny_folder` with LoRA on attention and a convolution, rank not alpha; it adds nothing yet."""
-    pipeline = tiny_pipeline(tmp_path / "tokenizer")
+    pipeline = tiny_pipeline()
     pipeline.set_progress_bar_config(disable=True)
     lora = LoRA(rank=3, alpha=5.0, targets=("to_q", "to_k", "to_v", "to_out.0", "conv1"))
     return StableDiffusionBackbone(pipeline, lora=lora, guidance_scale=2.0)

@@ -1,6 +1,7 @@
 """Small real runs of the examples as processes of their own: started, killed, resumed, compared."""
 
 import csv
+import os
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
 TIMES = {"seconds_sampling", "seconds_training", "images_per_second"}
 
 
@@ -60,6 +62,27 @@ def finish(command: list[str]) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
+
+
+def torchrun(command: list[str]) -> list[str]:
+    """The command on two processes."""
+    return [*TORCHRUN, *command[1:]]
+
+
+def worker(launcher: subprocess.Popen[str], rank: int) -> int:
+    """The id of the process with this rank that `launcher` started."""
+    for child in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split():
+        if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
+            return int(child)
+    raise AssertionError(f"no process of rank {rank}")
+
+
+def on_two_processes(script: str, *arguments: object, timeout: float = 200) -> None:
+    """Run a script of this folder under `torchrun` to its end, which must be a good one."""
+    command = [*TORCHRUN, str(ROOT / "tests" / script), *map(str, arguments)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def start(command: list[str]) -> subprocess.Popen[str]:

@@ -65,8 +65,8 @@ def test_guidance_combines_two_calls_of_the_network(trained_backbone):
 
 
 @torch.no_grad()
-def test_guidance_1_is_one_call_of_the_network(tmp_path):
-    backbone = StableDiffusionBackbone(tiny_pipeline(tmp_path), lora=LORA, guidance_scale=1.0)
+def test_guidance_1_is_one_call_of_the_network():
+    backbone = StableDiffusionBackbone(tiny_pipeline(), lora=LORA, guidance_scale=1.0)
     rows = []
     backbone.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
     x, t, conditioning = inputs(backbone)
@@ -104,8 +104,8 @@ def test_the_reference_is_the_pretrained_network(lora, tiny_folder):
 
 
 @pytest.mark.parametrize("lora", [LORA, None])
-def test_the_policy_returns_when_the_reference_fails_or_is_nested(lora, tmp_path):
-    backbone = StableDiffusionBackbone(tiny_pipeline(tmp_path), lora=lora, guidance_scale=1.0)
+def test_the_policy_returns_when_the_reference_fails_or_is_nested(lora):
+    backbone = StableDiffusionBackbone(tiny_pipeline(), lora=lora, guidance_scale=1.0)
     x, t, conditioning = inputs(backbone)
     with torch.no_grad():
         pretrained = backbone(x, t, conditioning)
@@ -142,10 +142,10 @@ def test_decode_is_the_vaes_and_has_gradients(backbone):
     assert all(p.grad is None for p in vae.parameters())
 
 
-def test_only_the_unet_is_in_the_parameters(backbone, tmp_path):
+def test_only_the_unet_is_in_the_parameters(backbone):
     assert {id(p) for p in backbone.parameters()} == {id(p) for p in backbone.unet.parameters()}
     assert all(("lora" in name) == p.requires_grad for name, p in backbone.named_parameters())
-    full = StableDiffusionBackbone(tiny_pipeline(tmp_path))
+    full = StableDiffusionBackbone(tiny_pipeline())
     assert {id(p) for p in full.parameters()} == {id(p) for p in full.unet.parameters()}
     assert all(p.requires_grad for p in full.parameters())
     for part in (full.pipeline.vae, full.pipeline.text_encoder, full._reference[0]):
@@ -177,7 +177,7 @@ def test_saved_lora_in_plain_diffusers_is_the_same_network(trained_backbone, tin
 
 @torch.no_grad()
 def test_saved_full_network_loads_in_plain_diffusers(tmp_path):
-    backbone = StableDiffusionBackbone(tiny_pipeline(tmp_path), guidance_scale=1.0)
+    backbone = StableDiffusionBackbone(tiny_pipeline(), guidance_scale=1.0)
     train_a_little(backbone)
     backbone.save(tmp_path / "unet")
     loaded = UNet2DConditionModel.from_pretrained(tmp_path / "unet")
@@ -190,7 +190,7 @@ def test_saved_full_network_loads_in_plain_diffusers(tmp_path):
 @pytest.mark.parametrize("lora", [LORA, None])
 @torch.no_grad()
 def test_what_was_saved_is_loaded(lora, tmp_path):
-    trained, fresh = (StableDiffusionBackbone(tiny_pipeline(tmp_path), lora=lora, guidance_scale=1.0) for _ in range(2))
+    trained, fresh = (StableDiffusionBackbone(tiny_pipeline(), lora=lora, guidance_scale=1.0) for _ in range(2))
     with torch.enable_grad():
         train_a_little(trained)
     trained.save(tmp_path / "weights")
@@ -209,10 +209,10 @@ def test_what_was_saved_is_loaded(lora, tmp_path):
 
 def test_other_weights_than_its_own_are_refused(trained_backbone, tmp_path):
     trained_backbone.save(tmp_path / "lora")
-    other = StableDiffusionBackbone(tiny_pipeline(tmp_path), lora=LoRA(rank=2), guidance_scale=1.0)
+    other = StableDiffusionBackbone(tiny_pipeline(), lora=LoRA(rank=2), guidance_scale=1.0)
     with pytest.raises(ValueError, match="rank=3.*rank=2"):
         other.load(tmp_path / "lora")
-    for backbone in (other, StableDiffusionBackbone(tiny_pipeline(tmp_path), guidance_scale=1.0)):
+    for backbone in (other, StableDiffusionBackbone(tiny_pipeline(), guidance_scale=1.0)):
         with pytest.raises(FileNotFoundError, match="holds no"):
             backbone.load(tmp_path)
 
@@ -241,11 +241,11 @@ def test_bfloat16_keeps_what_trains_in_float32(tiny_folder):
     assert half.decode(x).dtype == torch.float32
 
 
-def test_gradient_checkpointing_recomputes_and_changes_nothing(tmp_path):
+def test_gradient_checkpointing_recomputes_and_changes_nothing():
     """In evaluation mode too, in which the network always is: diffusers asks only whether gradients are enabled."""
     outputs, found, calls = [], [], []
     for checkpointing in (False, True):
-        backbone = StableDiffusionBackbone(tiny_pipeline(tmp_path), lora=LORA, gradient_checkpointing=checkpointing)
+        backbone = StableDiffusionBackbone(tiny_pipeline(), lora=LORA, gradient_checkpointing=checkpointing)
         assert not backbone.unet.training
         train_a_little(backbone)
         count = []
@@ -265,10 +265,10 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(tmp_path):
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @torch.no_grad()
-def test_sampling_equals_plain_diffusers(prediction_type, tmp_path):
+def test_sampling_equals_plain_diffusers(prediction_type):
     """The whole chain: the same first noise, the same seed, the same images as `pipe(...)`."""
     steps = 5
-    pipeline = tiny_pipeline(tmp_path, prediction_type=prediction_type)
+    pipeline = tiny_pipeline(prediction_type=prediction_type)
     pipeline.set_progress_bar_config(disable=True)
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(11))
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
@@ -289,11 +289,11 @@ def test_sampling_equals_plain_diffusers(prediction_type, tmp_path):
     torch.testing.assert_close(data["next", "reward"][:, -1, 0], images.mean((1, 2, 3)), rtol=1e-4, atol=1e-5)
 
 
-def test_what_cannot_train_is_refused(tiny_folder, tmp_path):
+def test_what_cannot_train_is_refused(tiny_folder):
     with pytest.raises(ValueError, match="guidance_scale is 0.5; it must be at least 1"):
-        StableDiffusionBackbone(tiny_pipeline(tmp_path), guidance_scale=0.5)
+        StableDiffusionBackbone(tiny_pipeline(), guidance_scale=0.5)
     with pytest.raises(ValueError, match="layer of the UNet is called 'to_z'"):
-        StableDiffusionBackbone(tiny_pipeline(tmp_path), lora=LoRA(targets=("to_q", "to_z")))
+        StableDiffusionBackbone(tiny_pipeline(), lora=LoRA(targets=("to_q", "to_z")))
     with pytest.raises(ValueError, match="choose one of float32, bfloat16, float16"):
         StableDiffusionBackbone.from_pretrained(tiny_folder, dtype="float64", lora=LORA)
     with pytest.raises(ValueError, match="full fine-tuning in bfloat16 loses small updates"):

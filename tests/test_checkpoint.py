@@ -22,16 +22,16 @@ from tests.tiny import tiny_pipeline
 IDENTITY = {"loss": "A", "settings": {"model": {"lora_rank": 4}, "seed": 0}}
 
 
-def loss_of(folder, rank=3):
+def loss_of(rank=3):
     lora = LoRA(rank=rank, targets=("to_q", "conv1")) if rank else None
-    backbone = StableDiffusionBackbone(tiny_pipeline(folder / "tokenizer"), lora=lora, guidance_scale=1.0)
+    backbone = StableDiffusionBackbone(tiny_pipeline(), lora=lora, guidance_scale=1.0)
     policy = make_policy(backbone, backbone.sampler(3), backbone.conditioning(["a cat"]))
     return backbone, policy, ddpo_is_loss(policy, clip_range=0.1)
 
 
 @pytest.mark.parametrize("rank", [3, 0])
-def test_a_trained_state_is_what_trains_and_not_the_pretrained_weights(rank, tmp_path):
-    backbone, policy, loss = loss_of(tmp_path, rank)
+def test_a_trained_state_is_what_trains_and_not_the_pretrained_weights(rank):
+    backbone, policy, loss = loss_of(rank)
     state = TrainedState(loss, policy).state_dict()
     trained = [parameter for parameter in backbone.parameters() if parameter.requires_grad]
     assert sum(value.numel() for value in state.values() if value.numel() > 1) == sum(
@@ -48,8 +48,8 @@ def test_a_trained_state_is_what_trains_and_not_the_pretrained_weights(rank, tmp
 
 
 def test_an_adapter_of_another_shape_is_refused_and_nothing_changes(tmp_path):
-    _, policy, loss = loss_of(tmp_path, 3)
-    _, other_policy, other = loss_of(tmp_path, 4)
+    _, policy, loss = loss_of(3)
+    _, other_policy, other = loss_of(4)
     Checkpoints(tmp_path / "c", {"loss": TrainedState(loss, policy)}, {}).save(1)
     state = TrainedState(other, other_policy)
     before = {key: value.clone() for key, value in state.state_dict().items()}

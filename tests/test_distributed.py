@@ -3,10 +3,8 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +12,22 @@ import torch
 from agents.distributed import join
 from agents.equal_weights import check_equal
 from tests import ranks
-from tests.runs import ROOT, Program, assert_same_run, checkpoint, equal, finish, metrics, start, tensors, wait_for
+from tests.runs import (
+    ROOT,
+    Program,
+    assert_same_run,
+    checkpoint,
+    equal,
+    finish,
+    metrics,
+    on_two_processes,
+    start,
+    tensors,
+    torchrun,
+    wait_for,
+    worker,
+)
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
 ITERATIONS = 6
 
 
@@ -28,10 +39,7 @@ def single(tiny_folder):
 @pytest.fixture(scope="module")
 def both(tiny_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [*TORCHRUN, str(ROOT / "tests" / "ranks.py"), str(tiny_folder), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_two_processes("ranks.py", tiny_folder, folder)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
@@ -143,23 +151,11 @@ def ppo(tiny_folder, tmp_path_factory):
     return Program("ppo_aesthetic.py", tiny_folder, prompts, options, ITERATIONS)
 
 
-def torchrun(command):
-    return [*TORCHRUN, *command[1:]]
-
-
 @pytest.fixture(scope="module")
 def reference(ppo, tmp_path_factory):
     """A run of two processes that was never stopped, and its output."""
     run = tmp_path_factory.mktemp("reference") / "run"
     return run, finish(torchrun(ppo.command(run)))
-
-
-def worker(launcher, rank):
-    """The id of the process with this rank that `launcher` started."""
-    for child in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split():
-        if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
-            return int(child)
-    raise AssertionError(f"no process of rank {rank}")
 
 
 def test_two_processes_train_one_model_on_different_images_and_one_writes(reference):

@@ -6,6 +6,8 @@ import torch
 from agents import Evaluator, make_policy
 from agents.metrics import diversity, kl_to_pretrained, standard_error
 from diffusion_env import DenoisingEnv
+from rewards import Mix
+from tests.runs import equal
 
 STEPS = 3
 PROMPTS = ("a cat", "a dog", "an ant")
@@ -84,6 +86,24 @@ def test_image_n_differs_by_the_policy_alone(make, policy, trained_backbone):
     distance = (mean - other).square().sum(1) + half.square().sum(1) + other_half.square().sum(1) - 2 * cross
     assert row["fid"] == pytest.approx(distance.mean().item(), rel=1e-4)
     assert not torch.equal(make(features=pixels, seed=1)(policy).images, first.images)
+
+
+def test_images_of_a_prompt_share_no_step_noise(make, policy):
+    """A chunk holds every prompt once here; with the same first noise, copies differ by the step noise alone."""
+    evaluate = make(batch_size=len(PROMPTS), samples_per_prompt=2)
+    first, second = evaluate.latents.chunk(2)
+    second.copy_(first)
+    one, other = evaluate(policy).images.chunk(2)
+    assert ((one - other).flatten(1).abs().amax(1) > 1e-3).all()
+
+
+def test_running_statistics_are_left_as_they_were(trained_backbone, policy):
+    reward = Mix([(brightness, 1.0)], normalise=True)
+    evaluate = Evaluator(DenoisingEnv(trained_backbone, STEPS, reward, PROMPTS, batch_size=4, seed=0))
+    reward(torch.rand(3, 3, 8, 8), ["a"] * 3)
+    before = {name: value.clone() for name, value in reward.statistics.state_dict().items()}
+    evaluate(policy)
+    assert equal(reward.statistics.state_dict(), before)
 
 
 @pytest.mark.parametrize("batch_size", [2, 3, 8])

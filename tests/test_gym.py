@@ -23,8 +23,8 @@ SHAPE = (4, 8, 8)
 
 
 @pytest.fixture(scope="module")
-def backbone(tmp_path_factory) -> StableDiffusionBackbone:
-    return StableDiffusionBackbone(tiny_pipeline(tmp_path_factory.mktemp("tokenizer")), lora=LoRA())
+def backbone() -> StableDiffusionBackbone:
+    return StableDiffusionBackbone(tiny_pipeline(), lora=LoRA())
 
 
 @pytest.fixture

@@ -350,12 +350,12 @@ def test_backward_matching_trains_the_correction_alone_unless_told(real):
     torch.testing.assert_close(first, loss(data)["loss_backward"], rtol=1e-3, atol=1e-6)
 
 
-def test_gradient_checkpointing_changes_nothing_of_the_second_order_graph(tmp_path):
+def test_gradient_checkpointing_changes_nothing_of_the_second_order_graph():
     """Activations are recomputed outside the loss, where another attention kernel would be chosen."""
     found = []
     for checkpointing in (False, True):
         lora = LoRA(rank=3, alpha=5.0, targets=("to_q", "to_k", "to_v", "to_out.0"))
-        pipeline = tiny_pipeline(tmp_path)
+        pipeline = tiny_pipeline()
         backbone = StableDiffusionBackbone(
             pipeline, lora=lora, guidance_scale=2.0, gradient_checkpointing=checkpointing
         )
@@ -384,8 +384,8 @@ def test_gradient_checkpointing_changes_nothing_of_the_second_order_graph(tmp_pa
         torch.testing.assert_close(gradient, found[1][name], rtol=1e-3, atol=1e-5 * gradient.abs().max().item())
 
 
-def test_full_fine_tuning_is_compared_with_the_frozen_copy(tmp_path):
-    pipeline = tiny_pipeline(tmp_path)
+def test_full_fine_tuning_is_compared_with_the_frozen_copy():
+    pipeline = tiny_pipeline()
     full = StableDiffusionBackbone(pipeline, guidance_scale=2.0)
     sampler = full.sampler(STEPS)
     policy = make_policy(full, sampler, full.conditioning(PROMPTS))

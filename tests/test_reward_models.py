@@ -25,6 +25,7 @@ from transformers import (
     CLIPVisionConfig,
 )
 
+from benchmarks.stable_diffusion import letter_tokenizer
 from rewards import CLIPScore, HPSv2, HPSv21, ImageReward, LAIONAesthetic, PickScore
 from rewards.base import Scorer
 from rewards.clip import clip_crop, image_tower
@@ -33,7 +34,6 @@ from rewards.image_reward import MEAN, STD
 from rewards.laion import AestheticHead
 from rewards.open_clip import from_open_clip
 from tests.test_rewards import as_pil, some_images
-from tests.tiny import tiny_tokenizer
 
 PROMPTS = ["a cat", "a dog riding a bike", "", "a cat"]
 PHOTOGRAPH = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
@@ -66,7 +66,7 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A CLIP with its tokenizer, tiny but for the projection that the aesthetic head needs."""
     folder = tmp_path_factory.mktemp("clip")
     randomise(CLIPModel(clip_config(projection=768))).save_pretrained(folder)
-    tiny_tokenizer(folder).save_pretrained(folder)
+    letter_tokenizer(16).save_pretrained(folder)
     return folder
 
 
@@ -146,7 +146,7 @@ def hps_folder(tmp_path_factory: pytest.TempPathFactory, open_clip: OpenCLIP) ->
     """Both checkpoints (the later one is the first, negated) beside configuration and tokenizer of the original."""
     folder = tmp_path_factory.mktemp("hps")
     clip_config(activation="gelu").save_pretrained(folder)
-    tiny_tokenizer(folder).save_pretrained(folder)
+    letter_tokenizer(16).save_pretrained(folder)
     weights = open_clip.state_dict()
     torch.save({"epoch": 3, "state_dict": weights}, folder / "HPS_v2_compressed.pt")
     negated = weights | {"visual.proj": -weights["visual.proj"]}
@@ -283,7 +283,7 @@ def test_clip_score_and_pick_score_are_what_transformers_computes(clip_folder: P
     images = some_images(4, 48, 48)  # CLIP's own size: nothing is resized
     processor = CLIPImageProcessorPil(size={"shortest_edge": 48}, crop_size=48)
     pixels = processor([as_pil(image) for image in images], return_tensors="pt")["pixel_values"]
-    tokens = tiny_tokenizer(clip_folder)(PROMPTS, padding=True, return_tensors="pt")
+    tokens = letter_tokenizer(16)(PROMPTS, padding=True, return_tensors="pt")
     model = CLIPModel.from_pretrained(clip_folder).eval()
     with torch.no_grad():
         logits = model(**tokens, pixel_values=pixels).logits_per_image.diagonal()
@@ -317,7 +317,7 @@ def test_rewards_share_one_clip(clip_folder: Path, head_file: Path, monkeypatch:
 def test_hps_is_open_clips_cosine(version: type[HPSv2], hps_folder: Path, open_clip: OpenCLIP):
     images = some_images(4, 48, 48)
     mean, std = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
-    tokens = tiny_tokenizer(hps_folder)(PROMPTS, padding="max_length", max_length=77, return_tensors="pt")["input_ids"]
+    tokens = letter_tokenizer(16)(PROMPTS, padding="max_length", max_length=77, return_tensors="pt")["input_ids"]
     with torch.no_grad():
         image = open_clip.image((images - mean[:, None, None]) / std[:, None, None])
         cosine = torch.cosine_similarity(image, open_clip.text(tokens))

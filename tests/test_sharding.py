@@ -2,7 +2,8 @@
 
 import json
 import os
-import subprocess
+import signal
+import time
 from dataclasses import replace
 
 import pytest
@@ -13,8 +14,7 @@ from configs import ModelSettings, RunSettings, build_backbone, build_experiment
 from examples import nabla_db_aesthetic
 from examples.evaluate import settings_of_run
 from tests import shards
-from tests.runs import ROOT, equal, metrics, tensors
-from tests.test_distributed import TORCHRUN
+from tests.runs import Program, checkpoint, equal, metrics, on_two_processes, start, tensors, torchrun, wait_for, worker
 
 UNET = "lora/diffusion_pytorch_model.safetensors"
 
@@ -27,10 +27,7 @@ def single(tiny_folder):
 @pytest.fixture(scope="module")
 def folder(tiny_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards")
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [*TORCHRUN, str(ROOT / "tests" / "shards.py"), str(tiny_folder), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_two_processes("shards.py", tiny_folder, folder, timeout=400)
     return folder
 
 
@@ -124,6 +121,22 @@ def test_a_share_is_half_of_a_checkpoint(folder):
         held = sum(each["exp_avg"].numel() for each in of_process["state"].values())
         assert 0.4 * weights < held < 0.6 * weights
     assert sum(each.numel() for own in loss for each in own.values() if each.ndim) == weights
+
+
+def test_a_killed_process_ends_the_other_with_a_message(tiny_folder, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\na dog\n")
+    options = ("--model.shard", "--model.lora-rank", "0", "--reward", "jpeg-compressibility", "--held-out")
+    program = Program("ppo_aesthetic.py", tiny_folder, prompts, (*options, "jpeg-incompressibility"), 1000)
+    process = start(torchrun(program.command(tmp_path / "run")))
+    wait_for(checkpoint(tmp_path / "run", 1).exists, process)
+    os.kill(worker(process, 1), signal.SIGKILL)
+    killed = time.monotonic()
+    _, errors = process.communicate(timeout=60)
+    assert time.monotonic() - killed < 30
+    assert process.returncode == 1
+    assert "LostProcessError: process 0 of 2 can no longer reach the others" in errors
+    assert "Signal 9 (SIGKILL)" in errors
 
 
 @pytest.mark.parametrize(

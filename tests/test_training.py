@@ -40,9 +40,9 @@ def brightness(images, prompts):
 
 
 @pytest.fixture
-def backbone(tmp_path):
+def backbone():
     """4 x 4 latents: a few seconds suffice to learn."""
-    pipeline = tiny_pipeline(tmp_path)
+    pipeline = tiny_pipeline()
     pipeline.unet.register_to_config(sample_size=4)
     torch.manual_seed(0)
     lora = LoRA(rank=3, alpha=5.0, targets=("to_q", "to_k", "to_v", "to_out.0", "conv1"))

@@ -162,7 +162,7 @@ def hacking_run(backbone, folder, **rule):
 def hacked(tmp_path_factory):
     """The folder of a run that hacks its reward, its evaluations before and after; the run was stopped."""
     path = tmp_path_factory.mktemp("hacked")
-    pipeline = tiny_pipeline(path / "tokenizer")
+    pipeline = tiny_pipeline()
     lora = LoRA(rank=3, alpha=5.0, targets=("to_q", "to_k", "to_v", "to_out.0", "conv1"))
     folder = RunFolder(path / "run", {})
     with pytest.warns(OverOptimisationWarning, match="(?s)the held-out reward fell by.*the run ends here"):

@@ -2,19 +2,12 @@
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel
 
-SCHEDULE = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-}
+from benchmarks.stable_diffusion import SCHEDULE, letter_tokenizer
 
 
-def tiny_pipeline(tokenizer_folder, *, prediction_type: str = "epsilon", seed: int = 0) -> StableDiffusionPipeline:
+def tiny_pipeline(*, prediction_type: str = "epsilon", seed: int = 0) -> StableDiffusionPipeline:
     """8 x 8 latents of 4 channels, 16 x 16 pixels."""
     torch.manual_seed(seed)
     unet = UNet2DConditionModel(
@@ -51,17 +44,10 @@ def tiny_pipeline(tokenizer_folder, *, prediction_type: str = "epsilon", seed: i
     return StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
-        tokenizer=tiny_tokenizer(tokenizer_folder),
+        tokenizer=letter_tokenizer(16),
         unet=unet,
         scheduler=DDIMScheduler(**SCHEDULE, prediction_type=prediction_type),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
-
-
-def tiny_tokenizer(folder) -> CLIPTokenizer:
-    """CLIP's tokenizer class with one token a letter."""
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
-    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=16)
