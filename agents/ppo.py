@@ -45,14 +45,14 @@ class OnPolicyRatioCheck:
         """Check `policy` against a tenth of `clip_range`."""
         self._policy, self._limit = policy, clip_range / 10
 
-    @torch.no_grad()
+    @torch.enable_grad()  # as in training: without, a compiled or folded network computes in another way
     def __call__(self, transitions: TensorDictBase) -> dict[str, float]:
         """Return {"ratio_error": max |ratio - 1|} over `transitions` [N].
 
         Raises:
             RuntimeError: it exceeds the limit.
         """
-        log_prob = self._policy.get_dist(transitions.clone(False)).log_prob(transitions["action"])
+        log_prob = self._policy.get_dist(transitions.clone(False)).log_prob(transitions["action"]).detach()
         error = ((log_prob - transitions["action_log_prob"]).exp() - 1).abs().max().item()
         if not error <= self._limit:
             raise RuntimeError(

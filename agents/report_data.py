@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +83,18 @@ def grouped(runs: list[Run]) -> list[Group]:
     """Runs that differ by the seed alone together, labelled by the other settings that differ."""
     by_settings: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
-        by_settings[json.dumps({name: value for name, value in run.config.items() if name != "seed"})].append(run)
-    firsts = [group[0] for group in by_settings.values()]
-    differences = differing(firsts)
-    return [Group(_label(differences, n) or group[0].name, group) for n, group in enumerate(by_settings.values())]
+        by_settings[json.dumps(_without_seed(run))].append(run)
+    differences = differing([replace(group[0], config=_without_seed(group[0])) for group in by_settings.values()])
+    groups = enumerate(by_settings.values())
+    return [Group(_label(differences, n) or group[0].name, group) for n, group in groups]
+
+
+def _without_seed(run: Run) -> dict[str, Any]:
+    """The settings; of an output folder whose name ends in the seed, such as `ppo-0` or `ppo_seed0`, the rest."""
+    config = {name: value for name, value in run.config.items() if name != "seed"}
+    if "output" in config:
+        config["output"] = re.sub(rf"[-_](seed[-_]?)?{run.config.get('seed')}$", "", config["output"])
+    return config
 
 
 def _label(differences: dict[str, list[Any]], n: int) -> str:
@@ -93,7 +102,6 @@ def _label(differences: dict[str, list[Any]], n: int) -> str:
     parts = [
         Path(values[n]).name if name == "output" else f"{name.split('.')[-1]}={values[n]}"
         for name, values in differences.items()
-        if name != "seed"
     ]
     return ", ".join(parts[:3])
 

@@ -155,6 +155,9 @@ def make_collector(env: DenoisingEnv, policy: ProbabilisticActor, *, iterations:
         postproc=postproc,
         compact_obs=True,
         return_same_td=True,  # otherwise it clones after `postproc`, and each latent is there twice again
+        use_buffers=False,  # they would keep every latent of the last batch twice, training included
+        track_traj_ids=False,  # nobody reads them, and each step would wait for the device
+        no_cuda_sync=True,  # no stream of its own: a thread that scores images would not wait for it
         auto_register_policy_transforms=False,
     )
 
@@ -166,9 +169,9 @@ class RecomputeLogProb:
         """Use `micro_batch` transitions at a time, as training will: the batch's shape decides the rounding."""
         self._policy, self._micro_batch = policy, micro_batch
 
-    @torch.no_grad()
+    @torch.enable_grad()  # as in training: without, a compiled or folded network computes in another way
     def __call__(self, rollout: TensorDictBase) -> TensorDictBase:
         """Update a rollout [B, T]."""
         parts = rollout.select("latents", "step", "prompt_id", "action").reshape(-1).split(self._micro_batch)
-        log_prob = torch.cat([self._policy.get_dist(part).log_prob(part["action"]) for part in parts])
+        log_prob = torch.cat([self._policy.get_dist(part).log_prob(part["action"]).detach() for part in parts])
         return rollout.set("action_log_prob", log_prob.reshape(rollout.batch_size))

@@ -21,6 +21,7 @@ from torchrl.objectives import LossModule
 from torchrl.objectives.utils import TargetNetUpdater
 
 from .distributed import gathered, in_step, joined, on_first, sum_gradients
+from .equal_weights import check_equal
 from .rollout import TransitionSampler
 from .sharding import borrowed, clip_gradients, is_sharded, whole
 
@@ -77,11 +78,15 @@ def train(
             by name, for a reward that has parts.
         prompts: by id, for the warning about a skipped update.
 
+    Raises:
+        UnequalWeightsError: several processes start from different weights, see `distributed.share_weights`.
+
     Yields:
         Metrics of each iteration: `reward`, its `reward_std`, `reward_NAME` of each part, the loss's own, `grad_norm`,
         `skipped_updates` (their number), seconds spent.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    check_equal({f"parameter {number}": weight for number, weight in enumerate(whole(parameters))})
     pending = list(checks)
     batches = iter(collector)
     while True:
@@ -203,10 +208,11 @@ def update(
     optimizer.step()
     optimizer.zero_grad()
     summed: dict[str, float] = defaultdict(float)
-    for row in gathered({key: value.item() for key, value in metrics.items()}):
+    values = torch.stack([*metrics.values(), norm]).tolist()  # all at once: each would wait for the device
+    for row in gathered(dict(zip(metrics, values, strict=False))):
         for key, value in row.items():
             summed[key] += value
-    return {**summed, "grad_norm": norm.item(), SKIPPED: 0.0}
+    return {**summed, "grad_norm": values[-1], SKIPPED: 0.0}
 
 
 def _objective(losses: TensorDictBase) -> torch.Tensor:

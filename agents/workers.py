@@ -78,8 +78,9 @@ class RolloutWorker(Collector):
 
 
 def ignore_interrupts() -> None:
-    """Ctrl-C reaches every process of a terminal; the one that trains decides when the others end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Ctrl-C and some SIGTERMs reach a whole group of processes; the one that trains decides when the others end."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
 
 
 def to_send(rollout: TensorDictBase) -> TensorDictBase:

@@ -57,7 +57,7 @@ class Settings:
     """'sd15' is Stable Diffusion 1.5 with random weights; else a diffusers folder."""
     device: str = "cuda"
     """Where it runs."""
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of the frozen weights."""
     compiled: bool = True
     """After eager also with torch.compile of the network."""

@@ -28,7 +28,7 @@ from benchmarks.study_methods import METHODS
 AXES = {"reward_calls": "reward calls", "network_evaluations": "network evaluations", "seconds": "seconds of training"}
 AGAINST = {
     "diversity": ("reward_diversity.png", "diversity within prompts"),
-    "fid": ("reward_fid.png", "FID within prompts to the pretrained model"),
+    "fid": ("reward_fid.png", "FID within prompts to the pretrained model, same noise"),
     "held_out_prompt_fidelity": ("reward_fidelity.png", "prompt fidelity (held out)"),
 }
 OTHER_NOISE = "pretrained, other noise"

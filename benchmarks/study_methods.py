@@ -10,7 +10,7 @@ Costs are counted in training alone; evaluations are the same for all methods an
 With T denoising steps, S of which train (drawn from `trained`), E passes over a batch, an iteration costs
 
     reward calls          B (1 + E a)
-    network evaluations   g B (T + E b)
+    network evaluations   g B (T + R + E b)
 
 | method | a | b |
 | --- | --- | --- |
@@ -23,8 +23,9 @@ With T denoising steps, S of which train (drawn from `trained`), E passes over a
 | Nabla-DB | S | 2 S + S c: policy, pretrained model, one-step prediction after the step |
 | with backward matching | 2 S | the same and S for the prediction before the step |
 
-c = 1, less the share of `trained` that is the last step, after which latents are clean. Where steps are drawn, this is
-the mean over draws; without a last step in `trained` only AlignProp's cost varies.
+R = T where old log-probabilities are computed again (`recompute_log_prob`), else 0. c = 1, less the share of `trained`
+that is the last step, after which latents are clean. Where steps are drawn, this is the mean over draws; without a last
+step in `trained` only AlignProp's cost varies.
 """
 
 from __future__ import annotations
@@ -128,7 +129,8 @@ class Method:
         drawn = TransitionSampler(trained, training.timestep_fraction).steps_per_trajectory
         branches, epochs = 2 if settings.model.guidance_scale > 1 else 1, training.epochs
         work = self.work(Size(images, steps, drawn, trained))
-        return Cost(images * (1 + epochs * work.scored), branches * images * (steps + epochs * work.outputs))
+        outputs = steps * (1 + training.recompute_log_prob) + epochs * work.outputs
+        return Cost(images * (1 + epochs * work.scored), branches * images * outputs)
 
 
 def _several_updates(preset: RunSettings) -> RunSettings:

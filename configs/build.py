@@ -75,7 +75,13 @@ def _device(settings: ModelSettings) -> str:
 
 
 def build_reward(name: RewardName, *, head: str | None, device: torch.device) -> rewards.Reward:
-    """Make the reward called `name` on `device`; `head` is the file of laion-aesthetic's."""
+    """Make the reward called `name` on `device`; `head` is the file of laion-aesthetic's.
+
+    Raises:
+        ValueError: another reward would leave the head out.
+    """
+    if head is not None and name != "laion-aesthetic":
+        raise ValueError(f"reward_head={head} is for laion-aesthetic, and the reward is {name}; leave one of them out")
     reward = rewards.make_reward(name) if head is None else rewards.LAIONAesthetic(head=head)
     return reward.to(device) if isinstance(reward, torch.nn.Module) else reward
 

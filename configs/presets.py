@@ -35,7 +35,7 @@ def sd15() -> RunSettings:
         output=Path("runs/ppo_sd15"),
         model=ModelSettings(
             name="stable-diffusion-v1-5/stable-diffusion-v1-5",
-            dtype="float16",
+            dtype="bfloat16",  # DDPO: float16, and a scaled loss, as its gradients would underflow
             guidance_scale=5.0,
             lora_rank=4,
             lora_alpha=4.0,
@@ -145,8 +145,8 @@ def _refuse_unused(training: TrainingSettings, own: TrainingSettings, names: Seq
         value, expected = getattr(training, name), getattr(own, name)
         if value != expected:
             raise ValueError(
-                f"training.{name}={value} would change nothing: this program's method has no such term; leave it at "
-                f"{expected}, or take a method that has it, such as examples/ppo_aesthetic.py"
+                f"training.{name}={value} does not go with this program's method, only {expected} does; take another, "
+                "such as examples/ppo_aesthetic.py"
             )
 
 

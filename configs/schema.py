@@ -25,9 +25,10 @@ class ModelSettings:
 
     name: str = "embedded"
     """'embedded', a diffusers folder, or a hub name of a Stable Diffusion 1.x or 2.x pipeline."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the frozen weights; what trains is float32 in any case. Half precision is approximate: a run whose importance
-    ratio it moves by more than a tenth of the clip range is refused, see training.recompute-log-prob."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the frozen weights; what trains is float32 in any case. bfloat16 is approximate: a run whose importance ratio
+    it moves by more than a tenth of the clip range is refused, see training.recompute-log-prob. (In float16, gradients
+    of a mean over thousands of transitions underflow to 0.)"""
     device: str = "auto"
     """'auto' is cuda where there is one, else cpu."""
     guidance_scale: float = 2.0

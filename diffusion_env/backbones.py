@@ -36,7 +36,7 @@ from diffusers import StableDiffusionPipeline  # noqa: E402
 
 transformers_logging.set_verbosity(_verbosity)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # in float16 small gradients underflow
 
 
 class StableDiffusionBackbone(nn.Module):
@@ -122,7 +122,7 @@ class StableDiffusionBackbone(nn.Module):
 
         Args:
             model: a diffusers folder, or a name such as "stable-diffusion-v1-5/stable-diffusion-v1-5".
-            dtype: "float32", "bfloat16" or "float16" for the frozen weights; what trains is float32 in any case.
+            dtype: "float32" or "bfloat16" for the frozen weights; what trains is float32 in any case.
             device: where to put it.
             guidance_scale: see the constructor.
             lora: see the constructor.
@@ -137,7 +137,7 @@ class StableDiffusionBackbone(nn.Module):
         """
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
-        if lora is None and dtype != "float32" and (mesh is None or dtype == "float16"):
+        if lora is None and dtype != "float32" and mesh is None:
             raise ValueError(f"full fine-tuning in {dtype} loses small updates; use dtype='float32' or LoRA")
         # diffusers notes that a text encoder is not CLIP's; only its token states are used, so it need not be.
         logging.getLogger("diffusers.pipelines.pipeline_utils").addFilter(_is_no_type_note)

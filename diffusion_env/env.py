@@ -229,6 +229,13 @@ class DenoisingEnv(EnvBase):
             device=self.device,
         )
 
+    def any_done(self, tensordict: TensorDictBase) -> bool:
+        """What TorchRL asks after each step, answered without waiting for the device: all episodes end together."""
+        done = self._steps_done >= self.num_steps
+        if done:
+            tensordict.set("_reset", tensordict["done"].clone())
+        return done
+
     def decode(self, latents: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [0, 1] of latents [B, *latent]."""
         return self._callables[0](latents)

@@ -8,7 +8,9 @@ Every model draws the same prompts from the same noise. Leaves in --output: `tab
 adapter `NAME.png`, the pretrained model's images above its own. Columns: reward, its standard error and quantiles;
 held-out rewards; `diversity` within prompts, `moved` and `fid` to the pretrained model (`agents/metrics.py`); `kl` in
 nats; `judged`, the share of images in which the independent judge sees their animal, where all prompts name one. The
-first two rows are the pretrained model and the same from other noise, whose `fid` is what no change looks like.
+first two rows are the pretrained model and the same from other noise. `moved` and `fid` compare images of the same
+noise, so that they are 0 where nothing changed; the second row says how far the pretrained model is from itself
+without that, which for few images of each prompt is far.
 """
 
 from __future__ import annotations
@@ -141,7 +143,9 @@ class Bench:
         sampler = backbone.sampler(run.sampling.num_steps, run.sampling.eta)
         prompts = prompt_set(settings.prompts)
         self.policy = make_policy(backbone, sampler, backbone.conditioning(prompts))
-        reward = build_reward(settings.reward or run.reward, head=run.reward_head, device=backbone.device)
+        name = settings.reward or run.reward
+        head = run.reward_head if name == run.reward else None
+        reward = build_reward(name, head=head, device=backbone.device)
         self.env = DenoisingEnv(backbone, sampler.num_steps, reward, prompts, batch_size=settings.batch)
         self.features = build_features(settings.features, backbone.device)
         self.backbone = backbone

@@ -29,11 +29,11 @@ def main(settings: RunSettings) -> tuple[Evaluation, Evaluation]:
 def adapt(preset: RunSettings) -> RunSettings:
     """A single update an iteration, on the pipeline that ships a larger one."""
     preset = with_experiment(preset, "compressibility")
-    training = replace(preset.training, updates_per_epoch=1, epochs=1)
+    training = replace(preset.training, updates_per_epoch=1, epochs=1, recompute_log_prob=False)
     if preset.preset == "embedded":
         training = replace(training, learning_rate=1.5e-3)
     return replace(preset, output=Path(f"runs/reinforce_{preset.experiment}"), training=training)
 
 
 if __name__ == "__main__":
-    main(parse_settings(__doc__, adapt=adapt, unused=("clip_range",)))
+    main(parse_settings(__doc__, adapt=adapt, unused=("clip_range", "epochs", "updates_per_epoch")))

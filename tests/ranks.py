@@ -167,6 +167,20 @@ def loop(bench):
     return {"rows": rows, "weights": bench.values(), "transitions": sum(map(sum, gathered(seen)))}
 
 
+def unequal_start(bench):
+    """What `train` says when the second process starts from other weights."""
+    bench.restart()
+    with torch.no_grad():
+        bench.parameters[1].add_(1e-6 * rank())
+    started = train(
+        [], bench.loss, torch.optim.SGD(bench.parameters), advantage=None, sampler=TransitionSampler(range(STEPS))
+    )
+    try:
+        return list(started)
+    except UnequalWeightsError as error:
+        return str(error)
+
+
 def evaluation(bench):
     """An evaluation in three chunks."""
     bench.restart()
@@ -209,7 +223,7 @@ def stopping(_):
         return str(stop.received().name)
 
 
-CASES = (updates, broken, unused, advantages, loop, evaluation, comparison, random_numbers, stopping)
+CASES = (updates, broken, unused, advantages, loop, unequal_start, evaluation, comparison, random_numbers, stopping)
 
 
 def run(pipeline):

@@ -8,9 +8,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torchrl.objectives import KLPENPPOLoss
 
+from agents import Experiment, ScoreFunctionLoss, make_critic, make_policy
 from agents.distributed import join
 from agents.equal_weights import check_equal
+from rewards import Mix
 from tests import ranks
 from tests.runs import (
     ROOT,
@@ -106,6 +109,12 @@ def test_weights_that_differ_are_found_and_named(single, both):
     check_equal({"nan": torch.tensor(float("nan"))})
 
 
+def test_training_does_not_start_from_different_weights(single, both):
+    assert single["unequal_start"] == []
+    for results in both:
+        assert "differ between processes 0 and 1, parameter 1" in results["unequal_start"]
+
+
 def test_each_process_draws_its_own_numbers_and_the_first_those_of_a_single_one(single, both):
     expected, first, second = (results["random_numbers"] for results in (single, *both))
     assert equal(first, expected)
@@ -140,6 +149,20 @@ def test_processes_that_have_not_joined_do_not_train_apart(monkeypatch):
     as_one_of(monkeypatch, 2)
     with pytest.raises(RuntimeError, match="torchrun started 2 processes, which have not joined"):
         check_equal({})
+
+
+@pytest.mark.parametrize("kind", ["loss", "reward"])
+def test_what_each_process_would_have_of_its_own_is_refused(kind, backbone, monkeypatch):
+    policy = make_policy(backbone, backbone.sampler(3), backbone.conditioning(["a cat"]))
+    adapting = KLPENPPOLoss(policy, make_critic(policy, width=8), entropy_bonus=False)
+    loss = adapting if kind == "loss" else ScoreFunctionLoss(policy)
+    reward = Mix([(ranks.brightness, 1.0)], normalise=kind == "reward")
+    rest = ("collector", "evaluator", "advantage", "prepare", "sampler", "optimisation", "evaluate_every")
+    experiment = Experiment(backbone=backbone, policy=policy, reward=reward, **dict.fromkeys(rest))
+    monkeypatch.setattr("agents.experiment.size", lambda: 2)
+    message = {"loss": "several would train different models", "reward": "could not be compared"}[kind]
+    with pytest.raises(ValueError, match=message):
+        experiment.run(loss, None)
 
 
 @pytest.fixture(scope="module")

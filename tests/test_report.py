@@ -149,6 +149,14 @@ def test_seeds_are_grouped(several):
     assert [group.label for group in groups] == ["ppo, learning_rate=0.001", "nabla, learning_rate=0.0005"]
 
 
+def test_output_folders_named_by_the_seed_are_one(tmp_path):
+    outputs = {"runs/draft-1-0": 0, "runs/draft-1-1": 1, "runs/ppo_seed0": 0, "runs/ppo_seed1": 1, "runs/sf-1": 0}
+    runs = [write_run(tmp_path / Path(name).name, seed=seed, output=name) for name, seed in outputs.items()]
+    groups = grouped([read_run(path) for path in runs])
+    assert [group.label for group in groups] == ["draft-1", "ppo", "sf-1"]
+    assert [len(group.runs) for group in groups] == [2, 2, 1]
+
+
 def test_the_band_spans_the_seeds(several, monkeypatch):
     from matplotlib.axes import Axes
 

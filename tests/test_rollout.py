@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from tensordict import TensorDict
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchrl.data import ReplayBuffer, TensorStorage
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
@@ -78,6 +79,35 @@ def test_collector_gives_what_a_plain_rollout_gives(backbone):
     for given, wanted in zip(batches, expected, strict=True):
         for key in given.keys(True, True):
             assert torch.equal(given[key], wanted[key]) or key == "group_id", key
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes the host wait for a device: a number read from a tensor."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_no_step_waits_for_the_device(trained_backbone):
+    def waits(steps):
+        policy = make_policy(
+            trained_backbone, trained_backbone.sampler(steps), trained_backbone.conditioning(["a cat", "a dog"])
+        )
+        env = DenoisingEnv(
+            trained_backbone, steps, lambda images, _: images[:, 0, 0, 0], ["a cat", "a dog"], batch_size=2
+        )
+        collector = make_collector(env, policy, iterations=2)
+        batches = iter(collector)
+        next(batches)
+        with Waits() as counted:
+            next(batches)
+        collector.shutdown()
+        return counted.count
+
+    assert waits(6) == waits(3)
 
 
 def test_what_the_collector_gives_shares_storage(backbone):
