@@ -88,13 +88,14 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def append(row: dict[str, object], path: Path) -> None:
-    """Add a row to a CSV file, with a header where it is new."""
+    """Add a row to a CSV file, with a header where it is new; beside it the whole as a Markdown table."""
     new = not path.exists()
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, list(row))
         if new:
             writer.writeheader()
         writer.writerow(row)
+    path.with_suffix(".md").write_text(markdown(read_rows(path)))
 
 
 def markdown(rows: Sequence[Mapping[str, object]]) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
-from torchrl.objectives import A2CLoss, SoftUpdate
+from torchrl.objectives import A2CLoss, ClipPPOLoss, ReinforceLoss, SoftUpdate
 
 from agents import (
     AlignPropLoss,
@@ -44,6 +44,16 @@ def a2c(policy):
     return A2CLoss(policy, make_critic(policy, width=8), entropy_bonus=False, functional=False)
 
 
+def reinforce(policy):
+    torch.manual_seed(5)
+    return ReinforceLoss(policy, make_critic(policy, width=8), functional=False)
+
+
+def ppo(policy):
+    torch.manual_seed(5)
+    return ClipPPOLoss(policy, make_critic(policy, width=8), clip_epsilon=0.1, entropy_bonus=False, functional=False)
+
+
 def iql(policy):
     torch.manual_seed(5)
     loss = iql_loss(policy, width=8)
@@ -57,6 +67,8 @@ LOSSES = {
     "DDPO-IS with KL": (lambda policy: KLPenalty(ddpo_is_loss(policy), policy, coefficient=0.1), None),
     "DDPO-SF": (ScoreFunctionLoss, None),
     "A2C": (a2c, None),
+    "REINFORCE with a critic": (reinforce, None),
+    "PPO with a critic": (ppo, None),
     "IQL": (iql, None),
     "RWR": (RWRLoss, 2),
     "DRaFT-K": (lambda policy: DRaFTLoss(policy, brightness, backprop_steps=2), 1),

@@ -2,6 +2,7 @@
 
 import copy
 from collections import Counter
+from itertools import product
 
 import pytest
 import torch
@@ -39,14 +40,20 @@ def brightness(images, prompts):
     return images.mean((1, 2, 3))
 
 
-@pytest.fixture
-def backbone():
+def small(*, channels_last=False, **options):
     """4 x 4 latents: a few seconds suffice to learn."""
     pipeline = tiny_pipeline()
     pipeline.unet.register_to_config(sample_size=4)
+    if channels_last:
+        pipeline.unet.to(memory_format=torch.channels_last)
     torch.manual_seed(0)
     lora = LoRA(rank=3, alpha=5.0, targets=("to_q", "to_k", "to_v", "to_out.0", "conv1"))
-    return StableDiffusionBackbone(pipeline, lora=lora, guidance_scale=2.0)
+    return StableDiffusionBackbone(pipeline, lora=lora, guidance_scale=2.0, **options)
+
+
+@pytest.fixture
+def backbone():
+    return small()
 
 
 @pytest.fixture
@@ -114,11 +121,22 @@ def test_without_the_loop(backbone, policy):
     ("make_loss", "updates"), [(lambda policy: ddpo_is_loss(policy, clip_range=0.1), 2), (ScoreFunctionLoss, 1)]
 )
 def test_the_loop_learns(backbone, policy, make_loss, updates):
+    learn(backbone, policy, make_loss(policy), updates)
+
+
+@pytest.mark.parametrize("chosen", list(product((False, True), repeat=3)))
+def test_the_loop_learns_whatever_makes_it_fast(chosen):
+    options = dict(zip(("channels_last", "fold_lora", "gradient_checkpointing"), chosen, strict=True))
+    backbone = small(**options)
+    policy = make_policy(backbone, backbone.sampler(STEPS), backbone.conditioning(PROMPTS))
+    learn(backbone, policy, ddpo_is_loss(policy, clip_range=0.1), 2)
+
+
+def learn(backbone, policy, loss, updates):
     evaluate = Evaluator(make_env(backbone), samples_per_prompt=32)
     before = evaluate(policy)
     torch.manual_seed(0)
     collector = make_collector(make_env(backbone), policy, iterations=ITERATIONS)
-    loss = make_loss(policy)
     metrics = list(
         train(
             collector,
