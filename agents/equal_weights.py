@@ -7,6 +7,9 @@ from hashlib import blake2b
 
 import torch
 from torch import Tensor
+from torchrl.objectives import KLPENPPOLoss, LossModule
+
+from diffusion_env.scoring import Reward
 
 from .distributed import gathered, size
 
@@ -45,6 +48,26 @@ def check_equal(weights: Mapping[str, Tensor]) -> None:
                 "for one: they no longer train the same model. Something changes it outside the optimiser, or by the "
                 "data of one process alone (as KLPENPPOLoss adapts its beta): that needs a single process"
             )
+
+
+def refuse_unshared(loss: LossModule, reward: Reward) -> None:
+    """Refuse, where there are several processes, what each would have of its own.
+
+    Raises:
+        ValueError: the loss adapts to, or the reward normalises by, one process's data.
+    """
+    if size() == 1:
+        return
+    if isinstance(loss, KLPENPPOLoss):
+        raise ValueError(
+            "KLPENPPOLoss adapts its beta to one process's data: several would train different models; use one, or a "
+            "fixed penalty (--training.kl-penalty)"
+        )
+    if getattr(reward, "statistics", None) is not None:
+        raise ValueError(
+            "the reward normalises by running statistics, and each process would have its own: their rewards could not "
+            "be compared. Leave out normalise, scale its parts yourself, or use a single process"
+        )
 
 
 def _hash(tensor: Tensor) -> bytes:

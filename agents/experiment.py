@@ -17,7 +17,7 @@ from torchrl.collectors import Collector
 from torchrl.data import ReplayBuffer
 from torchrl.envs import Transform
 from torchrl.modules import ProbabilisticActor
-from torchrl.objectives import KLPENPPOLoss, LossModule
+from torchrl.objectives import LossModule
 from torchrl.objectives.utils import TargetNetUpdater
 from tqdm import tqdm
 
@@ -25,7 +25,7 @@ from diffusion_env.scoring import Reward
 
 from .checkpoint import Checkpoints, Stateful, TrainedState
 from .distributed import draw_apart, from_first, on_first, rank, share_weights, size
-from .equal_weights import EqualWeights
+from .equal_weights import EqualWeights, refuse_unshared
 from .evaluation import Evaluation, Evaluator
 from .memory import memory_advice
 from .profiling import Profile
@@ -115,13 +115,13 @@ class Experiment:
             resume_command: shown when the run is stopped; None is this program with `--resume`.
 
         Raises:
-            ValueError: something of several processes would be each one's own.
+            ValueError: loss or reward are not for several processes.
             FloatingPointError: too many updates had to be skipped.
             UnequalWeightsError, LostProcessError: of several processes one trains another model, or has ended.
             SystemExit: SIGTERM or Ctrl-C came; the status is 128 and the signal's number, as shells have it.
         """
         settings = self.optimisation
-        self._refuse_what_each_process_has_of_its_own(loss)
+        refuse_unshared(loss, self.reward)
         trained = TrainedState(loss, self.policy)
         share_weights(trained.replicated())
         draw_apart()
@@ -207,20 +207,6 @@ class Experiment:
             reward_parts=lambda: self.collector.env.reward_parts,
             prompts=self.collector.env.prompts,
         )
-
-    def _refuse_what_each_process_has_of_its_own(self, loss: LossModule) -> None:
-        if size() == 1:
-            return
-        if isinstance(loss, KLPENPPOLoss):
-            raise ValueError(
-                "KLPENPPOLoss adapts its beta to one process's data: several would train different models; use one, or "
-                "a fixed penalty (--training.kl-penalty)"
-            )
-        if getattr(self.reward, "statistics", None) is not None:
-            raise ValueError(
-                "the reward normalises by running statistics, and each process would have its own: their rewards could "
-                "not be compared. Leave out normalise, scale its parts yourself, or use a single process"
-            )
 
     def _save(self, path: Path) -> None:
         save = self.backbone.save if is_sharded(self.policy.parameters()) else on_first(self.backbone.save)

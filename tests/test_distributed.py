@@ -159,7 +159,7 @@ def test_what_each_process_would_have_of_its_own_is_refused(kind, backbone, monk
     reward = Mix([(ranks.brightness, 1.0)], normalise=kind == "reward")
     rest = ("collector", "evaluator", "advantage", "prepare", "sampler", "optimisation", "evaluate_every")
     experiment = Experiment(backbone=backbone, policy=policy, reward=reward, **dict.fromkeys(rest))
-    monkeypatch.setattr("agents.experiment.size", lambda: 2)
+    monkeypatch.setattr("agents.equal_weights.size", lambda: 2)
     message = {"loss": "several would train different models", "reward": "could not be compared"}[kind]
     with pytest.raises(ValueError, match=message):
         experiment.run(loss, None)
