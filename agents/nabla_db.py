@@ -75,6 +75,7 @@ class NablaDBLoss(PolicyLoss):
         trust_region: float = 0.0,
         gamma_power: float = 1.0,
         weighting: Weighting = "none",
+        last_step: int | None = None,
     ) -> None:
         """Train `policy`, and `correction` if there is one.
 
@@ -100,6 +101,9 @@ class NablaDBLoss(PolicyLoss):
                 "output" sigma^2 / |b|, which compares network outputs (noise, for a network that predicts it). The
                 other terms are not weighted: a backward term smaller than the forward one of the step before would
                 leave the correction to follow the policy.
+            last_step: the decision after which latents count as finished, where g is 0; None is the last one with a
+                density. An earlier one leaves out decisions with next to no noise, whose scores, over sigma^2, drown
+                all others.
 
         Raises:
             ValueError: a term would train nothing, no step has a density, the network is sharded, or a number is out
@@ -138,7 +142,10 @@ class NablaDBLoss(PolicyLoss):
         }
         self.out_keys = [*(key for key, value in on.items() if value), "score_rms", "reward_flow_rms", "correction_rms"]
         # After the last step with a density nothing random happens: that state is the terminal one.
-        self._last = int(sampler.has_density.nonzero().max())
+        random = sampler.has_density.nonzero().flatten().tolist()
+        self._last = random[-1] if last_step is None else last_step
+        if self._last not in random:
+            raise ValueError(f"last_step={last_step} is no decision with a density; those are {random}")
         gamma = sampler.signal_power**gamma_power
         gamma[self._last + 1 :] = 1
         self.register_buffer("_gamma", gamma, persistent=False)

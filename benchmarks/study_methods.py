@@ -139,12 +139,6 @@ def _several_updates(preset: RunSettings) -> RunSettings:
     return replace(preset, training=replace(preset.training, updates_per_epoch=UPDATES))
 
 
-def _with_last_step(preset: RunSettings) -> RunSettings:
-    """The correction network's only boundary condition is at the last step, which the example leaves out."""
-    preset = nabla_db_aesthetic.adapt(preset)
-    return replace(preset, training=replace(preset.training, min_noise=0.0, timestep_fraction=0.25))
-
-
 def _ddpo_is(experiment: Experiment, settings: RunSettings) -> Job:
     return Job(experiment, ddpo_is_loss(experiment.policy, clip_range=settings.training.clip_range))
 
@@ -191,13 +185,15 @@ def _alignprop(experiment: Experiment, settings: RunSettings) -> Job:
 
 def _nabla_db(experiment: Experiment, settings: RunSettings, *, backward: bool) -> Job:
     own = nabla_db_aesthetic.method_of(settings)
+    trained = trainable_steps(denoising_mean(experiment.policy).sampler, settings.training.min_noise)
     loss = NablaDBLoss(
         experiment.policy,
         beta=own.beta,
         correction=CorrectionUNet(experiment.backbone, block_out_channels=CORRECTION) if backward else None,
         # The authors average terminal matching over last transitions alone; here these are one of as many as may train.
-        terminal_weight=len(trainable_steps(denoising_mean(experiment.policy).sampler, settings.training.min_noise)),
+        terminal_weight=len(trained),
         weighting=own.weighting,
+        last_step=trained[-1],  # the correction's only boundary condition, which has to be among those that train
     )
     gradient = RewardGradient(experiment.policy, experiment.reward, jacobian=own.jacobian, before=backward)
     return Job(replace(experiment, transform=gradient), loss)
@@ -233,7 +229,7 @@ METHODS = {
     ),
     "nabla-db-backward": Method(
         "res. Nabla-DB + backward",
-        _with_last_step,
+        nabla_db_aesthetic.adapt,
         partial(_nabla_db, backward=True),
         partial(_nabla_work, backward=True),
     ),

@@ -514,6 +514,25 @@ def test_the_last_step_with_a_density_is_terminal():
     torch.testing.assert_close(losses["loss_forward"], expected)
 
 
+def test_an_earlier_step_can_be_the_last():
+    """As if those after it had no density: g is 0 there, gamma 1; and before it nothing changes."""
+    _, correction, loss, data = solved()
+    with torch.no_grad():
+        correction.table += 0.1
+    arguments = {"beta": BETA, "correction": correction}
+    shorter = NablaDBLoss(loss.actor_network, **arguments, last_step=1)
+    end, before = (data[data["step"][:, 0] == step] for step in (1, 0))
+    losses = shorter(end)
+    assert not loss(end)["loss_terminal"]
+    torch.testing.assert_close(losses["loss_terminal"], losses["correction_rms"] ** 2)
+    plain = NablaDBLoss(loss.actor_network, beta=BETA, gamma_power=0.0)(end)
+    torch.testing.assert_close(losses["loss_forward"], plain["loss_forward"])
+    torch.testing.assert_close(shorter(before)["loss_forward"], loss(before)["loss_forward"])
+    for missing in (-1, 7):
+        with pytest.raises(ValueError, match=f"last_step={missing} is no decision with a density"):
+            NablaDBLoss(loss.actor_network, **arguments, last_step=missing)
+
+
 def test_renamed_keys():
     backbone, sampler, policy = chain()
     data = RewardGradient(policy, linear_reward)(transitions(policy, sampler).reshape(-1))

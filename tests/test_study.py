@@ -21,7 +21,6 @@ from benchmarks.main_job import read_rows
 from benchmarks.study_figures import Curve, draw, equal_reward
 from benchmarks.study_methods import METHODS
 from benchmarks.study_runs import TimeLimit, add_rows, method_settings
-from configs import RunSettings, build_backbone
 from diffusion_env import DenoisingEnv, StableDiffusionBackbone
 from rewards import StylePreference
 
@@ -113,7 +112,7 @@ def test_costs_are_what_counters_see(name, minimum, backbone, small):
         )
     )
     if name == "nabla-db-backward":
-        assert any(each["loss_terminal"] > 0 for each in metrics) == (minimum == 0)
+        assert any(each["loss_terminal"] > 0 for each in metrics)
     cost = METHODS[name].cost(own, sampler)
     assert reward.images == ITERATIONS * cost.reward_calls
     if name != "alignprop":
@@ -219,14 +218,6 @@ def test_the_rate_of_the_highest_last_reward_without_an_alarm_is_taken(small):
     assert study.tuned(small, "refl") == 0.002
     with pytest.raises(ValueError, match="lets draft-1 end"):
         study.tuned(small, "draft-1")
-
-
-def test_the_boundary_condition_of_backward_matching_is_among_the_steps_that_train():
-    settings = METHODS["nabla-db-backward"].adapt(RunSettings())
-    training, steps = settings.training, settings.sampling.num_steps
-    trained = trainable_steps(build_backbone(settings.model).sampler(steps), training.min_noise)
-    assert trained == list(range(steps))
-    assert TransitionSampler(trained, training.timestep_fraction).steps_per_trajectory == 1
 
 
 def test_results_of_another_protocol_are_refused(small):
