@@ -6,7 +6,7 @@ import torch
 from tensordict import TensorDict
 from torch import nn
 
-from agents import make_policy
+from agents import NablaDBLoss, RewardGradient, make_policy
 from diffusion_env import ConditioningCache, DDIMSampler
 from tests.tiny import SCHEDULE
 
@@ -15,6 +15,7 @@ PROMPTS = ("up", "down")
 LATENT = (1, 2, 2)
 # Slope of an image's pixels in the latents.
 GAIN = 0.25
+BETA = 2.0  # of `solved`
 
 
 class LinearBackbone(nn.Module):
@@ -134,3 +135,29 @@ def solution(backbone, sampler, beta):
     parametrised = beta * (sampler.signal_power[:-1] * predicted_slope).view(-1, 1, 1, 1, 1) * GRADIENT
     missing = torch.cat([exact[:-1] - parametrised, torch.zeros_like(exact[:1])])
     return exact[1:], missing
+
+
+def solved(weighting="none", **arguments):
+    """The chain at its tilted optimum with the correction that goes with it, its loss, and data of its policy."""
+    backbone, sampler, policy = chain()
+    correction = TableCorrection(sampler.timesteps)
+    with torch.no_grad():
+        for parameter, value in zip(
+            (backbone.offset, correction.table), solution(backbone, sampler, BETA), strict=True
+        ):
+            parameter.copy_(value)
+    loss = NablaDBLoss(policy, beta=BETA, correction=correction, weighting=weighting, **arguments)
+    data = RewardGradient(policy, linear_reward)(transitions(policy, sampler).reshape(-1))
+    return backbone, correction, loss, data
+
+
+def total(losses):
+    """The sum of a loss module's terms."""
+    return sum(value for key, value in losses.items() if key.startswith("loss_"))
+
+
+def gradients(module):
+    """The gradients of a module's parameters by name, which are taken away."""
+    found = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+    module.zero_grad()
+    return found
