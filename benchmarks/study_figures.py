@@ -6,6 +6,8 @@
 - `equal_reward.png`: samples from the same noise, of each method's evaluation whose reward is nearest to a common one,
   the median of the methods' best.
 - `generalisation.png`: reward before and after on training and unseen prompts.
+- `table.md`: the last evaluations, and what is left of diversity and prompt fidelity at a reward of 1.5, on a straight
+  line between the evaluations before and after.
 
 Lines are means over seeds; bands and error bars are standard errors over seeds, of a single seed over its images.
 """
@@ -15,6 +17,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any, NamedTuple
@@ -34,6 +37,7 @@ AGAINST = {
 OTHER_NOISE = "pretrained, other noise"
 DPI = 130
 SHOWN = 8  # prompts side by side
+LEVEL = 1.5  # reward at which methods are compared in `table.md`
 
 
 class Point(NamedTuple):
@@ -74,6 +78,8 @@ def draw(results: Path) -> list[Path]:
     if not curves:
         return []
     made = [_rewards(curves, results / "reward.png")]
+    if all(row.get("held_out_prompt_fidelity") for row in rows):
+        (results / "table.md").write_text(table(curves))
     for key, (name, title) in AGAINST.items():
         if all(row.get(key) for row in rows):
             made.append(_trade_off(curves, key, title, _other_noise(unseen, results, key), results / name))
@@ -82,6 +88,36 @@ def draw(results: Path) -> list[Path]:
     if unseen:
         made.append(_generalisation(unseen, results / "generalisation.png"))
     return made
+
+
+def table(curves: dict[str, Curve]) -> str:
+    """A Markdown table, a line a method; means over seeds and their standard errors."""
+    columns = {"reward": ".2f", "diversity": ".0f", "held_out_prompt_fidelity": ".1f", "fid": ".0f"}
+    level = f"at reward {LEVEL:g}"
+    heads = ["method", "reward", "diversity", "prompt fidelity", "FID", "reward calls", "network evaluations"]
+    lines = [[*heads, f"diversity {level}", f"fidelity {level}"], ["---"] * (len(heads) + 2)]
+    start = next(iter(curves.values()))
+    before = [f"{start(key)[0].mean:{form}}" for key, form in columns.items()]
+    lines.append(["pretrained", *before, "0", "0", "", ""])
+    for name, curve in curves.items():
+        last = {key: curve(key)[-1] for key in columns}
+        cells = [f"{point.mean:{columns[key]}} ± {point.error:{columns[key]}}" for key, point in last.items()]
+        costs = [f"{curve(key)[-1].mean:,.0f}" for key in ("reward_calls", "network_evaluations")]
+        there = [
+            "" if (value := _at_level(curve, key)) is None else f"{value:{columns[key]}}"
+            for key in ("diversity", "held_out_prompt_fidelity")
+        ]
+        lines.append([METHODS[name].label, *cells, *costs, *there])
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def _at_level(curve: Curve, key: str) -> float | None:
+    """A quantity where the mean reward first comes to `LEVEL`; None where it does not."""
+    points = list(zip([point.mean for point in curve("reward")], [point.mean for point in curve(key)], strict=True))
+    for (low, before), (high, after) in pairwise(points):
+        if low < LEVEL <= high:
+            return before + (LEVEL - low) / (high - low) * (after - before)
+    return None
 
 
 def _rewards(curves: dict[str, Curve], path: Path) -> Path:
@@ -164,7 +200,7 @@ def _side_by_side(lines: Sequence[Pictures], path: Path) -> Path:
                 if line is lines[0]:
                     axes.set_title(line.prompts[n], fontsize=8)
         panels[0].set_ylabel(line.caption, fontsize=7, rotation=0, ha="right", va="center")
-    figure.savefig(path, dpi=DPI)
+    figure.savefig(path, dpi=DPI // 2)
     pyplot().close(figure)
     return path
 

@@ -18,7 +18,8 @@ from agents import Experiment, PromptAdvantage, TransitionSampler, make_collecto
 from agents.stopping import StopRequest
 from benchmarks import exploits, study, study_runs
 from benchmarks.main_job import read_rows
-from benchmarks.study_figures import Curve, draw, equal_reward
+from benchmarks.study import RESULTS
+from benchmarks.study_figures import Curve, draw, equal_reward, table
 from benchmarks.study_methods import METHODS
 from benchmarks.study_runs import TimeLimit, add_rows, method_settings
 from diffusion_env import DenoisingEnv, StableDiffusionBackbone
@@ -26,6 +27,7 @@ from rewards import StylePreference
 
 PROMPTS = ("a cat", "a dog", "an ant")
 ITERATIONS = 3
+STUDY = read_rows(RESULTS / "evaluations.csv")
 pytestmark = pytest.mark.filterwarnings("always::agents.OverOptimisationWarning")  # such a model does anything
 
 
@@ -255,6 +257,27 @@ def test_curves_are_means_over_seeds_with_standard_errors():
     assert mean == pytest.approx(5)
     assert error == pytest.approx(statistics.stdev([2, 4, 9]) / 3**0.5)
     assert Curve(made_up("rwr", 0, [1, 2]))("reward")[1] == (2, 0.3)
+
+
+def test_the_table_has_last_values_and_those_at_a_common_reward():
+    constant = {"held_out_prompt_fidelity": "-2", "fid": "7", "reward_calls": "640", "network_evaluations": "6400"}
+    rows = [row | constant for row in made_up("rwr", 0, [0, 1.4, 1.6, 1.5])]
+    for row, diversity in zip(rows, (700, 600, 400, 300), strict=True):
+        row["diversity"] = str(diversity)
+    header, _, before, line = table({"rwr": Curve(rows)}).splitlines()
+    assert before.split(" | ")[:3] == ["| pretrained", "0.00", "700"]
+    cells = line.split(" | ")
+    assert cells[:3] == ["| RWR", "1.50 ± 0.30", "300 ± 0"]
+    assert cells[-2:] == ["500", "-2.0 |"]  # half-way between 1.4 and 1.6
+    low = [row | {"reward": "0.5"} for row in rows]
+    assert table({"rwr": Curve(low)}).splitlines()[-1].endswith("|  |  |")
+
+
+@pytest.mark.skipif(not (RESULTS / "table.md").exists(), reason="the study has not been run")
+def test_the_readme_has_the_studys_table():
+    made = table({name: Curve([row for row in STUDY if row["method"] == name]) for name in METHODS})
+    assert made == (RESULTS / "table.md").read_text()
+    assert made in (RESULTS.parents[2] / "README.md").read_text()
 
 
 def test_samples_are_compared_nearest_to_the_median_of_the_best_rewards(tmp_path):
