@@ -200,7 +200,7 @@ def _side_by_side(lines: Sequence[Pictures], path: Path) -> Path:
                 if line is lines[0]:
                     axes.set_title(line.prompts[n], fontsize=8)
         panels[0].set_ylabel(line.caption, fontsize=7, rotation=0, ha="right", va="center")
-    figure.savefig(path, dpi=DPI // 2)
+    figure.savefig(path, dpi=95)
     pyplot().close(figure)
     return path
 
