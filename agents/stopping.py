@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from .distributed import gathered, launcher, say
+from .distributed import gathered, launcher, say, size
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 STDERR = 2
@@ -31,10 +31,15 @@ class StopRequest:
             self._previous = {number: signal.signal(number, self._remember) for number in SIGNALS}
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Give the signals back."""
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Give the signals back; but of several processes one that fails is not stopped before it has said why.
+
+        `torchrun` sends SIGTERM at once when another one has ended.
+        """
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+        if self._previous and kind is not None and issubclass(kind, RuntimeError) and size() > 1:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def received(self) -> signal.Signals | None:
         """The signal that came to this process or to any other; all must ask at the same place, and leave together."""

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -75,6 +76,17 @@ def worker(launcher: subprocess.Popen[str], rank: int) -> int:
         if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
             return int(child)
     raise AssertionError(f"no process of rank {rank}")
+
+
+def lose_process(launcher: subprocess.Popen[str]) -> None:
+    """Kill the second of two processes; the first one must end soon, with a message."""
+    os.kill(worker(launcher, 1), signal.SIGKILL)
+    killed = time.monotonic()
+    _, errors = launcher.communicate(timeout=60)
+    assert time.monotonic() - killed < 30
+    assert launcher.returncode == 1
+    assert "LostProcessError: process 0 of 2 can no longer reach the others" in errors
+    assert "Signal 9 (SIGKILL)" in errors
 
 
 def on_two_processes(script: str, *arguments: object, timeout: float = 200) -> None:

@@ -1,9 +1,6 @@
 """A UNet that is sharded over two processes trains as a whole one does: real processes under torchrun, gloo."""
 
 import json
-import os
-import signal
-import time
 from dataclasses import replace
 
 import pytest
@@ -14,7 +11,18 @@ from configs import ModelSettings, RunSettings, build_backbone, build_experiment
 from examples import nabla_db_aesthetic
 from examples.evaluate import settings_of_run
 from tests import shards
-from tests.runs import Program, checkpoint, equal, metrics, on_two_processes, start, tensors, torchrun, wait_for, worker
+from tests.runs import (
+    Program,
+    checkpoint,
+    equal,
+    lose_process,
+    metrics,
+    on_two_processes,
+    start,
+    tensors,
+    torchrun,
+    wait_for,
+)
 
 UNET = "lora/diffusion_pytorch_model.safetensors"
 
@@ -130,13 +138,7 @@ def test_a_killed_process_ends_the_other_with_a_message(tiny_folder, tmp_path):
     program = Program("ppo_aesthetic.py", tiny_folder, prompts, (*options, "jpeg-incompressibility"), 1000)
     process = start(torchrun(program.command(tmp_path / "run")))
     wait_for(checkpoint(tmp_path / "run", 1).exists, process)
-    os.kill(worker(process, 1), signal.SIGKILL)
-    killed = time.monotonic()
-    _, errors = process.communicate(timeout=60)
-    assert time.monotonic() - killed < 30
-    assert process.returncode == 1
-    assert "LostProcessError: process 0 of 2 can no longer reach the others" in errors
-    assert "Signal 9 (SIGKILL)" in errors
+    lose_process(process)
 
 
 @pytest.mark.parametrize(
