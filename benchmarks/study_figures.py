@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from agents.run_folder import pyplot
-from benchmarks.main_job import Row, read_rows
+from benchmarks.main_job import Row, markdown, read_rows
 from benchmarks.study_methods import METHODS
 
 AXES = {"reward_calls": "reward calls", "network_evaluations": "network evaluations", "seconds": "seconds of training"}
@@ -95,10 +95,10 @@ def table(curves: dict[str, Curve]) -> str:
     columns = {"reward": ".2f", "diversity": ".0f", "held_out_prompt_fidelity": ".1f", "fid": ".0f"}
     level = f"at reward {LEVEL:g}"
     heads = ["method", "reward", "diversity", "prompt fidelity", "FID", "reward calls", "network evaluations"]
-    lines = [[*heads, f"diversity {level}", f"fidelity {level}"], ["---"] * (len(heads) + 2)]
+    heads += [f"diversity {level}", f"fidelity {level}"]
     start = next(iter(curves.values()))
     before = [f"{start(key)[0].mean:{form}}" for key, form in columns.items()]
-    lines.append(["pretrained", *before, "0", "0", "", ""])
+    lines = [["pretrained", *before, "0", "0", "", ""]]
     for name, curve in curves.items():
         last = {key: curve(key)[-1] for key in columns}
         cells = [f"{point.mean:{columns[key]}} ± {point.error:{columns[key]}}" for key, point in last.items()]
@@ -108,7 +108,7 @@ def table(curves: dict[str, Curve]) -> str:
             for key in ("diversity", "held_out_prompt_fidelity")
         ]
         lines.append([METHODS[name].label, *cells, *costs, *there])
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    return markdown([dict(zip(heads, cells, strict=True)) for cells in lines])
 
 
 def _at_level(curve: Curve, key: str) -> float | None:
