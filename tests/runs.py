@@ -97,9 +97,11 @@ def on_two_processes(script: str, *arguments: object, timeout: float = 200) -> N
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def start(command: list[str]) -> subprocess.Popen[str]:
-    """Run a command in the background."""
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(command: list[str], *, own_group: bool = False) -> subprocess.Popen[str]:
+    """Run a command in the background, on request as the first of a process group."""
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=own_group
+    )
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120) -> None:

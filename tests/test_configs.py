@@ -41,6 +41,8 @@ def test_rewards_are_built_by_name():
         assert type(build_reward(name, head=None, device=device)) is REWARDS[name]
     with pytest.raises(FileNotFoundError, match="aesthetic head was looked for at 'nowhere.pth'"):
         build_reward("laion-aesthetic", head="nowhere.pth", device=device)
+    with pytest.raises(ValueError, match="reward_head=head.pth is for laion-aesthetic, and the reward is pick-score"):
+        build_reward("pick-score", head="head.pth", device=device)
 
 
 def test_command_line_wins_over_the_preset():

@@ -5,7 +5,8 @@ import torch
 from tensordict import TensorDict
 from torch.distributions import Normal
 
-from agents import OnPolicyRatioCheck, ScoreFunctionLoss, ddpo_is_loss, make_policy
+from agents import OnPolicyRatioCheck, RecomputeLogProb, ScoreFunctionLoss, ddpo_is_loss, make_policy
+from diffusion_env import StableDiffusionBackbone
 
 STEPS = 5
 PROMPTS = ("a cat", "a dog")
@@ -144,6 +145,19 @@ def test_the_ratio_check_measures_and_refuses(policy, transitions):
     shifted["action_log_prob"][3] = torch.nan
     with pytest.raises(RuntimeError, match="off by nan"):
         check(shifted)
+
+
+@pytest.mark.parametrize("measure", [OnPolicyRatioCheck, RecomputeLogProb])
+def test_what_is_compared_with_training_is_computed_as_in_training(policy, transitions, measure):
+    """Without gradients a folded or compiled network takes another way, whose rounding differs."""
+    modes = []
+    network = next(module for module in policy.modules() if isinstance(module, StableDiffusionBackbone))
+    network.register_forward_pre_hook(lambda *_: modes.append(torch.is_grad_enabled()))
+    call = measure(policy, clip_range=1e-3) if measure is OnPolicyRatioCheck else measure(policy, micro_batch=8)
+    with torch.no_grad():
+        call(transitions)
+    assert modes
+    assert all(modes)
 
 
 def test_an_impossible_clip_range_is_refused(policy):

@@ -2,6 +2,7 @@
 
 import gc
 import io
+import os
 import pickle
 import signal
 import warnings
@@ -178,9 +179,9 @@ def test_a_run_with_workers_is_stopped_and_resumed_bit_for_bit(tiny_folder, tmp_
     program = Program("ppo_aesthetic.py", tiny_folder, prompts, options=("--sampling.workers", "2"))
     finish(program.command(tmp_path / "whole"))
     run = tmp_path / "stopped"
-    process = start(program.command(run))
+    process = start(program.command(run), own_group=True)
     wait_for(lambda: checkpoint(run, 1).exists(), process)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)  # as a cluster's scheduler does: the workers get it, too
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM, errors[-3000:]
     finish(program.resume(run))
