@@ -312,7 +312,7 @@ def test_an_exploit_leaves_rows_and_pictures(small, tmp_path, capsys):
     exploits.main(settings)
     name = "style-preference-ddpo-is-mine-random-weights-0"
     assert {path.name for path in settings.results.iterdir()} == {
-        f"{name}.csv", f"{name}.png", f"{name}-before-after.png"
+        f"{name}.csv", f"{name}.jpg", f"{name}-before-after.jpg"
     }  # fmt: skip
     with (settings.results / f"{name}.csv").open() as file:
         rows = list(csv.DictReader(file))
