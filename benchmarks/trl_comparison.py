@@ -1,12 +1,15 @@
 """A whole DDPO iteration, sampling and training, against TRL 0.23.1's `DDPOTrainer`, the last release that has it.
 
-    python -m benchmarks.trl_comparison                      # TRL's environment is made in .cache/trl first, 1 GB
-    python -m benchmarks.trl_comparison --ours.dtype bfloat16 # this project's network in bfloat16, TRL's in float32
+    python -m benchmarks.trl_comparison                        # TRL's environment is made in .cache/trl first, 1 GB
+    python -m benchmarks.trl_comparison --ours.processes 2 --ours.compile  # this project's side as it is fastest
+    python -m benchmarks.trl_comparison --ours.dtype bfloat16  # this project's network in bfloat16, TRL's in float32
 
 Both do the same job on the same pipeline folder: prompts, JPEG reward, LoRA of rank 4 on the attention projections,
 guidance in sampling and training, all steps trained, one optimiser step for each minibatch of images. Each side is a
 process of its own that does one iteration at a time on request, so that pairs are interleaved; the first is not
 counted. The latents that go through the network are counted, and the optimiser steps; unequal counts are an error.
+TRL's side is one process in any case: with several, 0.23.1 does not average their gradients (the network that it calls
+is not the one it wraps), so that it would not do the same job.
 `benchmarks/results/trl_comparison.csv` has the median over pairs of the ratio of wall-clock times, theirs to ours, and
 that of processor times, which is the better one where a machine has other work.
 """
@@ -21,7 +24,7 @@ import subprocess
 import sys
 import venv
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,16 +69,23 @@ class Settings:
                 f"minibatch={self.minibatch} must divide their_sample_batch={self.their_sample_batch}, and that "
                 f"images={self.images}: DDPOTrainer deals whole batches out"
             )
+        processes, threads = self.ours.processes, torch.get_num_threads()
+        if self.minibatch % processes or threads % processes:
+            raise ValueError(
+                f"{processes} processes cannot share minibatch={self.minibatch} and {threads} threads out evenly"
+            )
 
 
 class Side:
     """One side's process; a context that ends it."""
 
-    def __init__(self, python: str | Path, module: str, job: Job) -> None:
-        """Start `module` with this interpreter."""
+    def __init__(self, python: str | Path, module: str, job: Job, processes: int = 1) -> None:
+        """Start `module` with this interpreter, in processes that share the job's threads out among them."""
         self._name = module
+        job = replace(job, threads=job.threads // processes)
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         self._process = subprocess.Popen(
-            [python, "-m", module, json.dumps(asdict(job))],
+            [python, *(launcher if processes > 1 else []), "-m", module, json.dumps(asdict(job))],
             cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": str(job.threads), "PYTHONPATH": str(ROOT)},
             stdin=subprocess.PIPE,
@@ -105,8 +115,7 @@ class Side:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End the process."""
-        self._process.kill()
+        """End the process, and those that it started, by the end of its input."""
         self._process.communicate()
 
 
@@ -160,7 +169,10 @@ def main(settings: Settings) -> None:
         threads=torch.get_num_threads(),
         ours=settings.ours,
     )
-    with Side(sys.executable, "benchmarks.trl.ours", job) as us, Side(python, "benchmarks.trl.theirs", job) as them:
+    with (
+        Side(sys.executable, "benchmarks.trl.ours", job, settings.ours.processes) as us,
+        Side(python, "benchmarks.trl.theirs", job) as them,
+    ):
         us.iteration(), them.iteration()  # warm up
         pairs = [(us.iteration(), them.iteration()) for _ in range(settings.rounds)]
     size = asdict(settings)

@@ -10,11 +10,12 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -36,6 +37,8 @@ class Options:
     """`torch.compile` of the network."""
     micro_batch: int = 16
     """Transitions that go through the network at a time."""
+    processes: int = 1
+    """Processes (`torchrun`), each with its share of the images and of the threads."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,27 @@ def measured(network: nn.Module, iterate: Callable[[], object]) -> Callable[[], 
     return run
 
 
+def requests() -> Iterator[None]:
+    """One for each line that the first process reads from standard input, in all processes."""
+    while True:
+        line = [sys.stdin.readline() if not dist.is_initialized() or dist.get_rank() == 0 else ""]
+        if dist.is_initialized():
+            dist.broadcast_object_list(line)
+        if not line[0]:
+            return
+        yield
+
+
+def together(answer: dict[str, float]) -> dict[str, float]:
+    """What all processes did: seconds until the last one was done, updates that all made, sums of the others."""
+    if not dist.is_initialized():
+        return answer
+    answers = [answer] * dist.get_world_size()
+    dist.all_gather_object(answers, answer)
+    one = {"seconds": max, "updates": max}
+    return {key: one.get(key, sum)(each[key] for each in answers) for key in answer}
+
+
 def serve(make: Callable[[Job], tuple[nn.Module, Callable[[], object]]]) -> None:
     """Answer each line of standard input by one iteration, and a line of JSON about it (see `measured`).
 
@@ -105,5 +129,7 @@ def serve(make: Callable[[Job], tuple[nn.Module, Callable[[], object]]]) -> None
     torch.set_num_threads(job.threads)
     torch.manual_seed(job.seed)
     run = measured(*make(job))
-    for _ in sys.stdin:
-        print(json.dumps(run()), file=answers, flush=True)
+    for _ in requests():
+        answer = together(run())
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            print(json.dumps(answer), file=answers, flush=True)

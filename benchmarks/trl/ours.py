@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from agents import PromptAdvantage, TransitionSampler, ddpo_is_loss, make_collector, make_policy, trainable_steps
+from agents.distributed import draw_apart, join
 from agents.training import train
 from benchmarks.trl.job import Job, serve
 from diffusion_env import DenoisingEnv, LoRA, StableDiffusionBackbone
@@ -17,7 +18,9 @@ ITERATIONS = 1000
 
 
 def make(job: Job) -> tuple[nn.Module, Callable[[], object]]:
-    """The network and one iteration of the loop."""
+    """The network and one iteration of the loop, of this process's share of the images."""
+    join("cpu")
+    images = job.images // job.ours.processes
     backbone = StableDiffusionBackbone.from_pretrained(
         job.pipeline,
         dtype=job.ours.dtype,
@@ -29,8 +32,9 @@ def make(job: Job) -> tuple[nn.Module, Callable[[], object]]:
     )
     sampler, conditioning = backbone.sampler(job.num_steps), backbone.conditioning(job.prompts)
     policy = make_policy(backbone, sampler, conditioning)
-    env = DenoisingEnv(backbone, job.num_steps, JPEGCompressibility(), job.prompts, batch_size=job.images)
+    env = DenoisingEnv(backbone, job.num_steps, JPEGCompressibility(), job.prompts, batch_size=images)
     loss = ddpo_is_loss(policy, clip_range=job.clip_range)
+    draw_apart()
     optimizer = torch.optim.AdamW(
         [parameter for parameter in loss.parameters() if parameter.requires_grad],
         lr=job.learning_rate,
