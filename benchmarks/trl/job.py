@@ -95,10 +95,15 @@ def measured(network: nn.Module, iterate: Callable[[], object]) -> Callable[[], 
     return run
 
 
+def is_first() -> bool:
+    """Whether this is the process that reads requests and answers them."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 def requests() -> Iterator[None]:
     """One for each line that the first process reads from standard input, in all processes."""
     while True:
-        line = [sys.stdin.readline() if not dist.is_initialized() or dist.get_rank() == 0 else ""]
+        line = [sys.stdin.readline() if is_first() else ""]
         if dist.is_initialized():
             dist.broadcast_object_list(line)
         if not line[0]:
@@ -131,5 +136,5 @@ def serve(make: Callable[[Job], tuple[nn.Module, Callable[[], object]]]) -> None
     run = measured(*make(job))
     for _ in requests():
         answer = together(run())
-        if not dist.is_initialized() or dist.get_rank() == 0:
+        if is_first():
             print(json.dumps(answer), file=answers, flush=True)

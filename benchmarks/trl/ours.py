@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from agents import PromptAdvantage, TransitionSampler, ddpo_is_loss, make_collector, make_policy, trainable_steps
-from agents.distributed import draw_apart, join
+from agents.distributed import draw_apart, join, size
 from agents.training import train
 from benchmarks.trl.job import Job, serve
 from diffusion_env import DenoisingEnv, LoRA, StableDiffusionBackbone
@@ -20,7 +20,7 @@ ITERATIONS = 1000
 def make(job: Job) -> tuple[nn.Module, Callable[[], object]]:
     """The network and one iteration of the loop, of this process's share of the images."""
     join("cpu")
-    images = job.images // job.ours.processes
+    images = job.images // size()
     backbone = StableDiffusionBackbone.from_pretrained(
         job.pipeline,
         dtype=job.ours.dtype,
